@@ -1,0 +1,135 @@
+"""Runs the suite in both environments, with one summary: `run.py quick | long [PYTEST ARG...]`.
+
+.venv has the newest Python and JAX and runs everything but the parity tests. .venv-parity has the
+oldest, and torch: it runs the parity tests and, where its JAX differs from .venv's, the unit tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_TESTS = 5  # pytest's exit code when it selected none
+FACTS = """
+import importlib.metadata as metadata, platform
+def version(name):
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return "none"
+print(platform.python_version(), version("jax"), version("torch"))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    folder: str
+    python: str
+    jax: str
+    torch: str
+
+    def describe(self) -> str:
+        return f"{self.folder}: Python {self.python}, JAX {self.jax}, torch {self.torch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    ok: bool
+    line: str
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in ("quick", "long"):
+        print("usage: run.py quick | long [PYTEST ARG...]", file=sys.stderr)
+        return 2
+    long, extra = arguments[0] == "long", arguments[1:]
+    newest, oldest = look_at(".venv"), look_at(".venv-parity")
+    assert newest is not None, "make prepares .venv before it starts this file"
+    outcomes = [run_pytest(newest, ["tests"], select(long, parity=False), long, extra)]
+    if oldest is None:
+        lost = "no second environment: the parity tests did not run; see `make install` for torch"
+        outcomes.append(Outcome(ok=not in_ci(), line=f"SKIPPED  {lost}"))
+    else:
+        folders = (
+            ["tests/parity"] if long or oldest.jax == newest.jax else ["tests/unit", "tests/parity"]
+        )
+        outcomes.append(run_pytest(oldest, folders, select(long, parity=None), long, extra))
+    print("\nsummary" + (" of the long tests" if long else ""))
+    for outcome in outcomes:
+        print("  " + outcome.line)
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI") == "true"
+
+
+def select(long: bool, *, parity: bool | None) -> str:
+    marker = "long" if long else "not long"
+    return marker if parity is None else f"{marker} and {'' if parity else 'not '}parity"
+
+
+def look_at(folder: str) -> Environment | None:
+    python = ROOT / folder / "bin" / "python"
+    if not python.exists():
+        return None
+    facts = subprocess.run(
+        [python, "-c", FACTS], check=True, capture_output=True, text=True
+    ).stdout.split()
+    return Environment(folder=folder, python=facts[0], jax=facts[1], torch=facts[2])
+
+
+def run_pytest(
+    environment: Environment, folders: list[str], marker: str, long: bool, extra: list[str]
+) -> Outcome:
+    """One pytest process; its output goes straight to the terminal, its counts to the outcome."""
+    print(f"\n== {environment.describe()}", flush=True)
+    folders = [folder for folder in folders if (ROOT / folder).exists()]
+    workers = min(4, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "report.xml"
+        command = [
+            ROOT / environment.folder / "bin" / "python",
+            "-m",
+            "pytest",
+            *folders,
+            "-m",
+            marker,
+        ]
+        command += [
+            "-q",
+            f"--numprocesses={workers}",
+            "--dist=loadfile",
+            f"--junitxml={report}",
+            *extra,
+        ]
+        profile = {"HYPOTHESIS_PROFILE": "long"} if long else {}
+        code = subprocess.run(command, cwd=ROOT, env={**os.environ, **profile}).returncode
+        counts = read_counts(report)
+    # A suite without long tests has passed them; a quick run without tests is a broken one.
+    ok = code == 0 or (long and code == NO_TESTS)
+    return Outcome(
+        ok=ok, line=f"{'ok      ' if ok else 'FAILED  '} {environment.describe()}: {counts}"
+    )
+
+
+def read_counts(report: Path) -> str:
+    if not report.exists():
+        return "pytest ended before it could report"
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0, "time": 0.0}
+    for suite in suites:
+        for name in total:
+            total[name] += float(suite.get(name, 0))
+    failed = total["failures"] + total["errors"]
+    passed = total["tests"] - failed - total["skipped"]
+    skipped, seconds = total["skipped"], total["time"]
+    return f"{passed:.0f} passed, {failed:.0f} failed, {skipped:.0f} skipped in {seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
