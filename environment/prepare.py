@@ -186,8 +186,7 @@ def build(folder: Path, lock: str, interpreter: Interpreter) -> None:
         f"{folder.name}: installing {count} locked packages (a minute; longer the first time)",
         flush=True,
     )
-    # Compiling all modules takes as long as installing them; Python compiles the few that are used.
-    pip(folder, "--no-compile", "--no-deps", "--require-hashes", "-r", lock_path(lock))
+    pip(folder, "--no-deps", "--require-hashes", "-r", lock_path(lock))
     # The build backend is in the lock: the project itself installs with no network.
     pip(folder, "--no-index", "--no-deps", "--no-build-isolation", "--editable", ROOT)
     write_stamp(folder, {"made_from": made_from(lock)})
@@ -230,7 +229,9 @@ def pip(folder: Path, *options: str | Path) -> None:
 
 
 def pip_command(folder: Path, *options: str | Path) -> list[str | Path]:
-    fixed = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    # Twice quiet: errors still show, warnings about each mirror that lacks a package do not. And
+    # compiling all modules takes as long as installing them; Python compiles the few that are used.
+    fixed = ["-qq", "--disable-pip-version-check", "--no-input", "--no-compile"]
     return [folder / "bin" / "python", "-m", "pip", "install", *fixed, *options]
 
 
