@@ -1,0 +1,71 @@
+"""Checkpoints: saved in the background, whole or absent, checked before use, on any mesh.
+
+A folder of checkpoints holds one folder per step. Format version 1:
+
+    checkpoints/step_200/
+      manifest.json     what is here: version, step, arrays (shape, dtype), files (bytes, sha256)
+      arrays/           the arrays, written by Orbax (OCDBT + zarr3, not compressed, logical shapes)
+      config.json ...   small files that the caller gave as bytes
+
+A step is written as `.saving-step_200` and renamed when every file and folder in it is on disk, so
+`step_200` is whole or absent whatever kills the process. Whatever is older and no longer kept is
+renamed to `.deleted-step_N` before it is removed. Names that start with a dot are leftovers of a
+killed process: readers ignore them, `clean_leftovers` removes them.
+
+`manifest.json` is canonical JSON (sorted keys, indent 1) with its own SHA-256 under `sha256`, taken
+over the same JSON without that key. A version above this one's is refused.
+
+Arrays that the caller marks as stacked are `[L, ...]` and no chunk of them spans two layers, so one
+layer can be read or written alone; an array that is not sharded has exactly one chunk a layer.
+
+Orbax takes no chunk shape, but splits storage along chosen dims down to size 1: dim 0, here. An
+array that is sharded over devices has one chunk a layer and shard, whichever process holds it.
+
+Several processes must see the same file system. All call `save`, `wait` and `restore` together;
+process 0 writes the small files, the checksums and the manifest.
+"""
+
+from meshlm.checkpoint.disk import check_free_disk, estimate_bytes
+from meshlm.checkpoint.folder import (
+    clean_leftovers,
+    complete_steps,
+    latest_complete,
+    step_of,
+    step_path,
+)
+from meshlm.checkpoint.manifest import (
+    FORMAT_VERSION,
+    ArrayInfo,
+    Damage,
+    FileInfo,
+    Manifest,
+    read_files,
+    read_manifest,
+    verify,
+)
+from meshlm.checkpoint.restoring import Restored, latest_good, restore, restore_latest
+from meshlm.checkpoint.saving import Checkpointer, is_layer_stack
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ArrayInfo",
+    "Checkpointer",
+    "Damage",
+    "FileInfo",
+    "Manifest",
+    "Restored",
+    "check_free_disk",
+    "clean_leftovers",
+    "complete_steps",
+    "estimate_bytes",
+    "is_layer_stack",
+    "latest_complete",
+    "latest_good",
+    "read_files",
+    "read_manifest",
+    "restore",
+    "restore_latest",
+    "step_of",
+    "step_path",
+    "verify",
+]

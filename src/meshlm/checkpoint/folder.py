@@ -1,0 +1,149 @@
+"""The folder of checkpoints: names, listing, and deletes that a crash cannot make half visible."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST_NAME = "manifest.json"
+ARRAYS_NAME = "arrays"
+
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_SAVING, _DELETED, _REPLACED = ".saving-", ".deleted-", ".replaced-"
+
+_log = logging.getLogger(__name__)
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """The folder of one step, there or not."""
+    return folder / f"step_{step}"
+
+
+def saving_path(folder: Path, step: int) -> Path:
+    """Where a step is written before it is whole. The same name in every process of a run."""
+    return folder / f"{_SAVING}step_{step}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a folder's name says, or None where it is not named `step_N`."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Every `step_N` folder, oldest first, whether or not its manifest is still there."""
+    if not folder.is_dir():
+        return []
+    steps = (step_of(path) for path in folder.iterdir() if path.is_dir())
+    return sorted(step for step in steps if step is not None)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps that were committed, oldest first. It reads no payload: see `latest_good`."""
+    return [s for s in steps_in(folder) if (step_path(folder, s) / MANIFEST_NAME).is_file()]
+
+
+def latest_complete(folder: Path) -> Path | None:
+    """The newest committed step's folder, or None. Its checksums are not looked at."""
+    steps = complete_steps(folder)
+    return step_path(folder, steps[-1]) if steps else None
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(folder: Path, step: int) -> None:
+    """Gives a finished `.saving-` folder its name, in place of an older one of the same step."""
+    final = step_path(folder, step)
+    replaced = folder / f"{_REPLACED}{final.name}"
+    if final.exists():
+        final.rename(replaced)
+    saving_path(folder, step).rename(final)
+    sync_folder(folder)
+    if replaced.exists():
+        remove_tree(replaced)
+
+
+def delete_step(folder: Path, step: int) -> bool:
+    """True when a step was deleted; False when a reader holds it, or the system refused.
+
+    The name goes first, so a crash leaves a leftover and never a half deleted step.
+    """
+    path = step_path(folder, step)
+    doomed = folder / f"{_DELETED}{path.name}"
+    try:
+        with _exclusive(path):
+            path.rename(doomed)
+        sync_folder(folder)
+    except OSError as error:
+        _log.info("checkpoint %s stays for now: %s", path, error)
+        return False
+    remove_tree(doomed)
+    return True
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Removes what a killed process left behind. Only for the process that owns the run folder."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(_REPLACED):
+            name = path.name.removeprefix(_REPLACED)
+            # Killed between the two renames of `publish`: the old step is whole, so it comes back.
+            if _STEP.fullmatch(name) and not (folder / name).exists():
+                path.rename(folder / name)
+                sync_folder(folder)
+                continue
+        if path.name.startswith((_SAVING, _DELETED, _REPLACED)):
+            remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder of ours; what cannot be removed is logged and left for the next start."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _log.warning("could not remove %s: %s; delete it by hand", path, error)
+
+
+@contextlib.contextmanager
+def reading(step_folder: Path) -> Iterator[None]:
+    """Keeps a step from being deleted by retention, in this process or another, while it is read.
+
+    Raises: FileNotFoundError where there is no manifest.
+    """
+    with open(step_folder / MANIFEST_NAME, "rb") as file:
+        # A file system without locks still reads well; it only loses the protection.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive(step_folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError while anyone reads the step."""
+    try:
+        file = open(step_folder / MANIFEST_NAME, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        yield  # damaged: it has no manifest, so nobody reads it
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            _log.debug("no file locks on %s", step_folder)
+        yield

@@ -1,0 +1,141 @@
+"""Restoring onto any mesh, and finding the newest step that is worth restoring."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from meshlm.checkpoint.folder import ARRAYS_NAME, reading, step_path, steps_in
+from meshlm.checkpoint.manifest import ArrayInfo, Damage, read_files, read_manifest, verify
+from meshlm.core.errors import BadInputError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What `restore_latest` found."""
+
+    path: Path
+    step: int
+    arrays: dict[str, jax.Array]
+    files: dict[str, bytes]
+
+
+def restore(
+    step_folder: Path,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    subset: bool = False,
+    check: bool = True,
+) -> dict[str, jax.Array]:
+    """The arrays of a step, bit for bit, each with the sharding that `abstract` asks for.
+
+    A sharding of None is the default device. With `subset` the checkpoint may hold more arrays than
+    are asked for. `check=False` leaves out the checksums, for a caller that has just verified them.
+
+    Raises: UsageError where there is no checkpoint; BadInputError, before anything is loaded, for
+    a newer format, for damage (naming the files), or for names, shapes and dtypes that differ
+    (naming the first array that does).
+    """
+    step_folder = step_folder.absolute()
+    _refuse_difference(step_folder, read_manifest(step_folder).arrays, abstract, subset)
+    with reading(step_folder):
+        if check:
+            _refuse_damage(step_folder, verify(step_folder))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = subset
+        try:
+            with context:
+                loaded = ocp.load(str(step_folder / ARRAYS_NAME), _with_shardings(abstract))
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BadInputError(f"checkpoint {step_folder} cannot be read: {reason}") from error
+    return {name: loaded[name] for name in abstract}
+
+
+def latest_good(folder: Path) -> Path | None:
+    """The newest step whose checksums hold, or None where no step was ever saved.
+
+    A damaged step is warned about, by the files, and passed over.
+
+    Raises: BadInputError when every step is damaged, or the newest is of a newer format.
+    """
+    reports = []
+    for step in reversed(steps_in(folder)):
+        path = step_path(folder, step)
+        damage = verify(path)
+        if not damage:
+            return path
+        reports.append(f"{path.name}: {_summary(damage)}")
+        _log.warning("checkpoint %s is damaged (%s); trying an older one", path, _summary(damage))
+    if reports:
+        raise BadInputError(
+            f"every checkpoint in {folder} is damaged ({'; '.join(reports)}); "
+            "delete the folder to start anew"
+        )
+    return None
+
+
+def restore_latest(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
+    """The newest good step, checked once and loaded; None where no step was ever saved.
+
+    Raises: as `latest_good` and `restore`.
+    """
+    path = latest_good(folder)
+    if path is None:
+        return None
+    return Restored(
+        path=path,
+        step=read_manifest(path).step,
+        arrays=restore(path, abstract, check=False),
+        files=read_files(path),
+    )
+
+
+def _refuse_difference(
+    step_folder: Path,
+    stored: Mapping[str, ArrayInfo],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    subset: bool,
+) -> None:
+    for name in sorted(abstract if subset else stored.keys() | abstract.keys()):
+        there = stored.get(name)
+        wanted = None
+        if name in abstract:
+            leaf = abstract[name]
+            wanted = ArrayInfo(shape=tuple(leaf.shape), dtype=leaf.dtype.name)
+        if there != wanted:
+            raise BadInputError(
+                f"checkpoint {step_folder}: array {name} is {there or 'absent'} in it, and "
+                f"{wanted or 'absent'} in this model; use the configuration it was saved with"
+            )
+
+
+def _refuse_damage(step_folder: Path, damage: list[Damage]) -> None:
+    if damage:
+        raise BadInputError(
+            f"checkpoint {step_folder} is damaged: {_summary(damage)}; use another step"
+        )
+
+
+def _summary(damage: list[Damage]) -> str:
+    shown = ", ".join(map(str, damage[:3]))
+    return shown + (f" and {len(damage) - 3} more" if len(damage) > 3 else "")
+
+
+def _with_shardings(
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    default = jax.config.values.get("jax_default_device") or jax.local_devices()[0]
+    if isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    sharding = SingleDeviceSharding(default)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or sharding)
+        for name, leaf in abstract.items()
+    }

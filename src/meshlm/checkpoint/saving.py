@@ -1,0 +1,279 @@
+"""Saving in the background: `Checkpointer`."""
+
+import errno
+import functools
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from meshlm.checkpoint.disk import steps_kept
+from meshlm.checkpoint.folder import (
+    ARRAYS_NAME,
+    MANIFEST_NAME,
+    clean_leftovers,
+    complete_steps,
+    delete_step,
+    publish,
+    remove_tree,
+    saving_path,
+    steps_in,
+    sync_folder,
+)
+from meshlm.checkpoint.manifest import (
+    ArrayInfo,
+    Manifest,
+    check_file_names,
+    hash_files,
+    library_versions,
+    write_file,
+)
+from meshlm.core.errors import MeshLMError, UsageError
+
+_ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_TIMEOUT_S = 4 * 60 * 60
+
+_log = logging.getLogger(__name__)
+
+
+def is_layer_stack(name: str) -> bool:
+    """True for the names whose first dim is the layer: one part of the name is `blocks`."""
+    return "blocks" in name.split(".")
+
+
+class Checkpointer:
+    """Saves steps into one folder in the background, one at a time, and deletes old ones.
+
+    Only one Checkpointer may write to a folder at a time; the run's lock sees to that.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        is_stacked: Callable[[str], bool] = is_layer_stack,
+    ) -> None:
+        if keep < 1:
+            raise UsageError(f"--keep {keep}: at least 1 checkpoint must be kept")
+        if keep_every is not None and keep_every < 1:
+            raise UsageError(f"--keep-every {keep_every}: give 1 step or more")
+        self._folder = folder.absolute()
+        self._keep = keep
+        self._keep_every = keep_every
+        self._is_stacked = is_stacked
+        self._thread: threading.Thread | None = None
+        self._unreported: MeshLMError | None = None
+        self.last_error: MeshLMError | None = None
+        """Why the last finished save failed; None once a later one has succeeded."""
+
+    def save(
+        self, step: int, arrays: Mapping[str, jax.Array], files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Begins to save a step and returns as soon as the arrays may be donated or overwritten.
+
+        It first waits for the save before it. A step that is already there is replaced, and later
+        steps are deleted: they belong to a past that is being written anew.
+
+        Raises: MeshLMError when an earlier save failed (this one has begun all the same), or when
+        this one could not begin. Either way older checkpoints are as they were, and the caller may
+        go on and save again.
+        """
+        files = dict(files or {})
+        check_file_names(files)
+        _check_arrays(step, arrays)
+        earlier = self._finish()
+        try:
+            self._begin(step, arrays, files)
+        except Exception as error:
+            self._unreported = None
+            self.last_error = _not_saved(step, error)
+            if jax.process_index() == 0:
+                remove_tree(saving_path(self._folder, step))
+            raise self.last_error from error
+        if earlier is not None:
+            raise earlier
+
+    def wait(self) -> None:
+        """Returns when no save is under way and the last one is durable.
+
+        Raises: MeshLMError when it failed, once.
+        """
+        error = self._finish()
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """As `wait`. The Checkpointer may be used again after it."""
+        self.wait()
+
+    def steps(self) -> list[int]:
+        """The steps that are complete on disk, oldest first."""
+        return complete_steps(self._folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        failed = self._finish()
+        if failed is not None and error is None:
+            raise failed
+
+    def _begin(
+        self, step: int, arrays: Mapping[str, jax.Array], files: Mapping[str, bytes]
+    ) -> None:
+        target = saving_path(self._folder, step)
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self._folder)
+            target.mkdir()
+        failpoint("before-arrays")
+        context = _saving_context(self._is_stacked)
+        with context:
+            response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
+        infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
+        finish = functools.partial(self._commit, step, response, infos, files)
+        self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}")
+        self._thread.start()
+
+    def _commit(
+        self,
+        step: int,
+        response: ocp.AsyncResponse[None],
+        arrays: Mapping[str, ArrayInfo],
+        files: Mapping[str, bytes],
+    ) -> None:
+        """The background half. An error is kept for the next `save` or `wait`."""
+        try:
+            # Orbax returns here in process 0 only after every process has written its part.
+            response.result()
+            if jax.process_index() == 0:
+                self._write_rest(step, arrays, files)
+            self.last_error = None
+        except Exception as error:
+            if jax.process_index() == 0:
+                remove_tree(saving_path(self._folder, step))
+            self.last_error = self._unreported = _not_saved(step, error)
+            self.last_error.__cause__ = error
+            return
+        if jax.process_index() == 0:
+            self._apply_retention(step)
+
+    def _write_rest(
+        self, step: int, arrays: Mapping[str, ArrayInfo], files: Mapping[str, bytes]
+    ) -> None:
+        target = saving_path(self._folder, step)
+        failpoint("arrays-written")
+        for name, data in files.items():
+            write_file(target / name, data)
+        manifest = Manifest(
+            step=step,
+            versions=library_versions(),
+            arrays=arrays,
+            files=hash_files(target, sync=True),
+        )
+        failpoint("before-manifest")
+        write_file(target / MANIFEST_NAME, manifest.to_json())
+        sync_folder(target)
+        failpoint("before-rename")
+        publish(self._folder, step)
+        failpoint("after-rename")
+
+    def _apply_retention(self, newest: int) -> None:
+        steps = steps_in(self._folder)
+        later = [s for s in steps if s > newest]
+        if later:
+            _log.warning(
+                "checkpoints of steps %s are from a past beyond step %d: deleted", later, newest
+            )
+        past = [s for s in steps if s <= newest]
+        kept = steps_kept(past, keep=self._keep, keep_every=self._keep_every)
+        for step in steps:
+            if step not in kept:
+                delete_step(self._folder, step)
+
+    def _finish(self) -> MeshLMError | None:
+        """Joins the save under way; the error that nobody has been told of, or None."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return None
+        thread.join()
+        error, self._unreported = self._unreported, None
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(np.asarray(error is not None))
+            if error is None and np.any(failed):
+                error = MeshLMError("a checkpoint failed in another process; see its log")
+                self.last_error = error
+        return error
+
+
+def failpoint(name: str) -> None:
+    """Where tests make a save fail: MESHLM_FAILPOINT=name:kill or name:error. Off unless set."""
+    wanted, _, action = os.environ.get("MESHLM_FAILPOINT", "").partition(":")
+    if wanted != name:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(errno.ENOSPC, "failpoint", name)
+
+
+def _saving_context(is_stacked: Callable[[str], bool]) -> ocp.Context:
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def storage(key: Any, value: Any) -> Any:
+        # Orbax takes no chunk shape. To shard storage along dim 0 alone makes chunks [1, ...].
+        return options(shard_axes=(0,)) if is_stacked(key[0].key) else None
+
+    context = ocp.Context()
+    context.asynchronous.timeout_secs = _TIMEOUT_S
+    context.array.saving.use_compression = False  # weights do not shrink, and sizes stay known
+    context.array.saving.enable_write_sharding_file = False
+    context.array.saving.array_metadata_store = None
+    context.array.saving.scoped_storage_options_creator = storage
+    return context
+
+
+def _snapshot(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Arrays that stay as they are now when the caller donates his own.
+
+    Orbax copies from an accelerator to the host before it returns. On the CPU backend its copy is a
+    view of the device buffer, so there the copy is made here.
+    """
+    kept = {}
+    for name, array in arrays.items():
+        on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
+        kept[name] = jax.device_put(array, array.sharding, may_alias=False) if on_cpu else array
+    return jax.block_until_ready(kept)
+
+
+def _check_arrays(step: int, arrays: Mapping[str, jax.Array]) -> None:
+    if step < 0:
+        raise ValueError(f"step {step} of a checkpoint is below 0")
+    if not arrays:
+        raise ValueError("a checkpoint without arrays cannot be saved")
+    for name, array in arrays.items():
+        if not _ARRAY_NAME.fullmatch(name):
+            raise ValueError(f"array name {name!r}: use letters, digits, '_', '-' and '.'")
+        if array.size == 0:
+            raise ValueError(f"array {name!r} has shape {array.shape}, without an element")
+
+
+def _not_saved(step: int, error: Exception) -> MeshLMError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return MeshLMError(f"checkpoint of step {step} was not saved: {reason}; older ones are intact")
