@@ -1,0 +1,1 @@
+"""Knows no model: trees, sharding, the platform and errors. Imports nothing of MeshLM's."""

@@ -1,0 +1,204 @@
+"""The transformer: GPT-J's parallel block, and the forward pass with and without a cache.
+
+Dim letters: B batch, T query time, S key time, D model, N heads, H head dim, F feed-forward,
+V vocabulary rows, L layers.
+
+The residual stream, the norms and the softmax are float32; products take operands of
+`Compute.dtype` and sum in float32.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from meshlm.core.sharding import reshard, spec
+from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
+from meshlm.model.config import ModelConfig
+from meshlm.model.params import Block, Params
+from meshlm.ops.attention import attend, causal_mask
+from meshlm.ops.linear import dot, layer_norm, lookup
+from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
+
+Remat = Literal["none", "minimal", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the forward pass is computed; it changes speed, memory and rounding, not the model."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Operands of the matrix products; sums are float32."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing, all but the products' results, everything."""
+    scan_layers: bool = True
+    """One compiled layer for all (fast to compile), or each layer by itself."""
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Int[Array, "B T"],
+    compute: Compute,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Returns the float32 output of the final norm for whole sequences from position 0."""
+    rotary = _rotary(config, None, tokens_BT.shape[1])
+    mask = causal_mask(tokens_BT.shape[1], segment_ids_BT)
+
+    def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+        with jax.named_scope("block"):
+            return _block(x_BTD, block, config, compute, rotary, mask, None)[0], None
+
+    layer = _rematerialise(layer, compute.remat)
+    x_BTD = embed(params, tokens_BT)
+    if compute.scan_layers:
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, params.blocks)
+    else:
+        for i in range(config.num_layers):
+            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w, i=i: w[i], params.blocks))
+    return _final_norm(params, config, x_BTD)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Int[Array, "B T"],
+    compute: Compute,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Returns float32 logits for whole sequences from position 0."""
+    x_BTD = hidden_states(params, config, tokens_BT, compute, segment_ids_BT)
+    return unembed(params, x_BTD, compute)
+
+
+def forward_cached(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache,
+    compute: Compute,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Returns the final norm's output for new tokens, and the cache with their keys and values.
+
+    Args:
+        params: with one block a layer (`unstack_blocks`).
+        tokens_BT: the new tokens; each row writes T consecutive places of its cache.
+        positions_BT: their positions, consecutive along T.
+        cache: what came before. Places at or after a row's positions are overwritten or unseen.
+    """
+    rotary = _rotary(config, positions_BT, tokens_BT.shape[1])
+    mask = cache_mask(cache, positions_BT)
+    x_BTD = embed(params, tokens_BT)
+    layers = []
+    for block, layer_cache in zip(params.blocks, cache.layers, strict=True):
+        x_BTD, updated = _block(
+            x_BTD, block, config, compute, rotary, mask, (layer_cache, positions_BT[:, 0])
+        )
+        layers.append(updated)
+    return _final_norm(params, config, x_BTD), Cache(layers=tuple(layers))
+
+
+def embed(params: Params, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns the float32 embedding of each token."""
+    with jax.named_scope("embed"):
+        table = reshard(params.embedding, None, "table_embed", gathered=True)
+        return lookup(table.astype(jnp.float32), tokens_BT)
+
+
+def unembed(
+    params: Params, x_BTD: Float[Array, "B T D"], compute: Compute
+) -> Float[Array, "B T V"]:
+    """Returns float32 logits; with a `model` axis they are split by vocabulary."""
+    with jax.named_scope("head"):
+        head = gather(params.head, compute, "vocab", "embed")
+        return dot(x_BTD.astype(compute.dtype), head) + params.head_bias[None, None].astype(
+            jnp.float32
+        )
+
+
+def gather(weight: jax.Array, compute: Compute, *dims: str | None) -> jax.Array:
+    """Returns a weight as a product takes it: in the compute dtype, gathered over `data`."""
+    return reshard(weight.astype(compute.dtype), *dims, gathered=True)
+
+
+def _block(
+    x_BTD: jax.Array,
+    block: Block,
+    config: ModelConfig,
+    compute: Compute,
+    rotary: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    cached: tuple[LayerCache, jax.Array] | None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """x + attention(norm(x)) + feed_forward(norm(x)): one norm, one sum over `model`."""
+    normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
+    normed = _shared_input(normed.astype(compute.dtype))
+    attention, cache = _attention(normed, block, compute, rotary, mask, cached)
+    update = reshard(attention + _feed_forward(normed, block, compute), "batch", None, None)
+    return x_BTD + update + block.ff_out_bias[None, None].astype(jnp.float32), cache
+
+
+def _attention(
+    x_BTD: jax.Array,
+    block: Block,
+    compute: Compute,
+    rotary: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    cached: tuple[LayerCache, jax.Array] | None,
+) -> tuple[jax.Array, LayerCache | None]:
+    with jax.named_scope("attention"):
+        q_BTNH, k_BSNH, v_BSNH = (
+            dot(x_BTD, gather(weight, compute, "heads", None, "embed"))
+            for weight in (block.query, block.key, block.value)
+        )
+        q_BTNH = apply_rotary(q_BTNH, *rotary).astype(compute.dtype)
+        k_BSNH = apply_rotary(k_BSNH, *rotary).astype(compute.dtype)
+        v_BSNH = v_BSNH.astype(compute.dtype)
+        cache = None
+        if cached is not None:
+            cache = extend(*cached, k_BSNH, v_BSNH)
+            k_BSNH, v_BSNH = (c.transpose(0, 2, 1, 3) for c in (cache.keys, cache.values))
+        mixed_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, mask).astype(compute.dtype)
+        out = gather(block.attention_out, compute, "embed", "heads", None)
+        return dot(mixed_BTNH, out, contract=2, partial=True), cache
+
+
+def _feed_forward(x_BTD: jax.Array, block: Block, compute: Compute) -> jax.Array:
+    with jax.named_scope("feed_forward"):
+        hidden_BTF = dot(x_BTD, gather(block.ff_in, compute, "ff", "embed"))
+        hidden_BTF = jax.nn.gelu(hidden_BTF + block.ff_in_bias[None, None].astype(jnp.float32))
+        out = gather(block.ff_out, compute, "embed", "ff")
+        return dot(hidden_BTF.astype(compute.dtype), out, partial=True)
+
+
+def _shared_input(x_BTD: jax.Array) -> jax.Array:
+    """Returns x for several products split over `model`, whose gradients are summed before one reduction."""
+    batch = spec("batch", None, None)
+    if batch is None:
+        return x_BTD
+    return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced={"model"}))
+
+
+def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    scale, offset = params.final_norm_scale, params.final_norm_offset
+    return layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon)
+
+
+def _rotary(
+    config: ModelConfig, positions_BT: jax.Array | None, length: int
+) -> tuple[jax.Array, jax.Array]:
+    sin, cos = rotary_table(config.context_length, config.rotary_dim, config.rotary_base)
+    return table_rows(sin, positions_BT, length), table_rows(cos, positions_BT, length)
+
+
+def _rematerialise(layer, remat: Remat):  # noqa: ANN001, ANN202
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if remat == "minimal" else None
+    return jax.checkpoint(layer, policy=policy)

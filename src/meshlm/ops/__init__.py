@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: products, rotary embedding, attention, loss. Imports core."""

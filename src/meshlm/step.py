@@ -1,0 +1,193 @@
+"""One training step and one evaluation step: pure functions of state and batch, no I/O.
+
+Dim letters: A accumulation, B batch, T time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from meshlm.core.tree import PyTree, pytree
+from meshlm.model.config import ModelConfig
+from meshlm.model.params import Params, decay_mask, init_params
+from meshlm.model.transformer import Compute, hidden_states, unembed
+from meshlm.ops.loss import token_loss
+from meshlm.optim import OptimizerConfig, apply_updates, learning_rate, make_optimizer
+
+
+@pytree
+class TrainState:
+    """Everything that a step changes."""
+
+    step: Int[Array, ""]
+    """Steps done, skipped ones included."""
+    params: Params
+    optimizer: PyTree
+    skipped: Int[Array, ""]
+    """Steps whose loss or gradient was not finite, and which changed nothing."""
+    skipped_in_a_row: Int[Array, ""]
+
+
+@pytree
+class StepBatch:
+    """The global batch of one step, split over the mesh by rows."""
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    loss_mask: Float[Array, "B T"]
+    """1 where the target counts."""
+    segment_ids: Int[Array, "B T"] | None
+    """The document each token belongs to; None lets a token see the whole window."""
+
+
+class StepMetrics(NamedTuple):
+    """What one step measured."""
+
+    loss: Float[Array, ""]
+    """Mean over the batch's tokens, in nats, z-loss included where it is on."""
+    grad_norm: Float[Array, ""]
+    """Global norm before clipping."""
+    micro_grad_square: Float[Array, ""]
+    """Mean over the accumulated parts of the squared norm of each part's own mean gradient."""
+    learning_rate: Float[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+class EvalSums(NamedTuple):
+    """Sums over a batch, to be added up."""
+
+    nll: Float[Array, ""]
+    """Nats."""
+    tokens: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """All that the compiled step depends on."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    compute: Compute = Compute()
+    accumulate: int = 1
+    """Parts into which the batch is cut; their gradients are added."""
+    z_loss: float = 0.0
+    """Weight of the original's penalty on the log-sum-exp relative to the largest logit."""
+
+
+def init_state(config: StepConfig, seed: int) -> TrainState:
+    """Returns the state before the first step, drawn from `seed`; call it in a mesh, under jit."""
+    params = init_params(config.model, jax.random.key(seed))
+    optimizer = make_optimizer(config.optimizer, decay_mask(config.model))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        optimizer=optimizer.init(params),
+        skipped=zero,
+        skipped_in_a_row=zero,
+    )
+
+
+def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
+    """Returns the state's `jax.ShapeDtypeStruct`s with their shardings on `mesh`; no memory."""
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_state(config, 0))
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        split = PartitionSpec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+
+    return jax.tree.map(place, shapes)
+
+
+def batch_loss(
+    params: Params, batch: StepBatch, config: StepConfig
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns (the loss summed over the batch's tokens, their number)."""
+    model, compute = config.model, config.compute
+    x_BTD = hidden_states(params, model, batch.tokens, compute, batch.segment_ids)
+    loss = token_loss(unembed(params, x_BTD, compute), batch.targets)
+    per_token = loss.nll_BT + config.z_loss * loss.z_BT if config.z_loss else loss.nll_BT
+    return jnp.sum(per_token * batch.loss_mask), jnp.sum(batch.loss_mask)
+
+
+def loss_and_grads(
+    params: Params, batch: StepBatch, config: StepConfig
+) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
+    """Returns (mean loss, its gradient, mean squared norm of the parts' own gradients)."""
+    parts = config.accumulate
+    count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+
+    def part_loss(params: Params, part: StepBatch) -> Float[Array, ""]:
+        return batch_loss(params, part, config)[0] / count
+
+    if parts == 1:
+        loss, grads = jax.value_and_grad(part_loss)(params, batch)
+        return loss, grads, jnp.square(optax.global_norm(grads))
+
+    def add(carry: tuple, part: StepBatch) -> tuple[tuple, None]:
+        loss, grads, square = carry
+        part_value, part_grads = jax.value_and_grad(part_loss)(params, part)
+        square += jnp.square(parts * optax.global_norm(part_grads)) / parts
+        return (loss + part_value, jax.tree.map(jnp.add, grads, part_grads), square), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start = (jnp.zeros(()), zeros, jnp.zeros(()))
+    return jax.lax.scan(add, start, _cut(batch, parts))[0]
+
+
+def _cut(batch: StepBatch, parts: int) -> StepBatch:
+    """Returns the batch as [A, B/A, T]: part a has rows a, A+a, ..., so that no row changes device."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, batch)
+
+
+def train_step(
+    state: TrainState, batch: StepBatch, config: StepConfig
+) -> tuple[TrainState, StepMetrics]:
+    """Returns the state after one step, and what was measured.
+
+    A loss or gradient that is not finite leaves parameters and optimizer as they were.
+    """
+    loss, grads, micro_square = loss_and_grads(state.params, batch, config)
+    grad_norm = optax.global_norm(grads)
+    rate = learning_rate(config.optimizer, state.step)
+    optimizer = make_optimizer(config.optimizer, decay_mask(config.model))
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skip = 1 - finite.astype(jnp.int32)
+    new = TrainState(
+        step=state.step + 1,
+        params=keep_if_bad(apply_updates(state.params, updates, rate), state.params),
+        optimizer=keep_if_bad(optimizer_state, state.optimizer),
+        skipped=state.skipped + skip,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+    )
+    metrics = StepMetrics(loss, grad_norm, micro_square, rate, new.skipped, new.skipped_in_a_row)
+    return new, metrics
+
+
+def eval_step(params: Params, batch: StepBatch, config: StepConfig) -> EvalSums:
+    """Returns the summed negative log-likelihood of the batch's targets, and their number."""
+    return EvalSums(*batch_loss(params, batch, dataclasses.replace(config, z_loss=0.0)))
+
+
+def compile_train_step(
+    config: StepConfig,
+) -> Callable[[TrainState, StepBatch], tuple[TrainState, StepMetrics]]:
+    """Returns the jitted `train_step`; it takes the old state's memory for the new one."""
+    return jax.jit(lambda state, batch: train_step(state, batch, config), donate_argnums=0)
