@@ -90,7 +90,6 @@ def run_pytest(
     print(f"\n== {environment.describe()}", flush=True)
     if any((ROOT / argument.split("::")[0]).exists() for argument in extra):
         folders = []  # the caller names the files
-    folders = [folder for folder in folders if (ROOT / folder).exists()]
     workers = min(4, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
