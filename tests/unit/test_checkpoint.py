@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -646,6 +647,78 @@ def test_kill_at_random_moments_and_at_every_named_point(tmp_path: Path) -> None
 @pytest.mark.timeout(600)
 def test_kill_at_many_random_moments(tmp_path: Path) -> None:
     run_kills(tmp_path, [f"seed{seed}" for seed in range(20)])
+
+
+# Several processes.
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from meshlm.checkpoint import Checkpointer, restore, step_path, verify
+from meshlm.core.errors import MeshLMError
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+
+def state(step):
+    def put(shape, dtype, spec):
+        full = np.full(shape, step, dtype)
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), lambda i: full[i])
+    return {"params.blocks.w": put((3, 8, 16), np.float32, P(None, "data")),
+            "params.head": put((5,), np.float32, P()), "step": put((), np.uint32, P())}
+
+checkpointer = Checkpointer(folder, keep=2)
+for step in (1, 2, 3):
+    checkpointer.save(step, state(step), {"config.json": b"{}"})
+checkpointer.wait()
+assert checkpointer.steps() == [2, 3]
+assert verify(step_path(folder, 3)) == []
+abstract = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+            for n, a in state(0).items()}
+for array in restore(step_path(folder, 3), abstract).values():
+    assert all((np.asarray(shard.data) == 3).all() for shard in array.addressable_shards)
+os.environ["MESHLM_FAILPOINT"] = "before-manifest:error"
+checkpointer.save(4, state(4))
+try:
+    checkpointer.wait()
+    raise AssertionError("the failure of process 0 was not seen")
+except MeshLMError:
+    pass
+del os.environ["MESHLM_FAILPOINT"]
+checkpointer.save(5, state(5))
+checkpointer.close()
+assert checkpointer.steps() == [3, 5]
+print("good")
+"""
+
+
+@pytest.mark.long
+def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(port), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=120)
+            assert out.splitlines()[-1:] == ["good"], err
+    finally:
+        for process in running:
+            process.kill()
 
 
 # Disk.
