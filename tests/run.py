@@ -47,16 +47,20 @@ def main(arguments: list[str]) -> int:
         print("usage: run.py quick | long [PYTEST ARG...]", file=sys.stderr)
         return 2
     long, extra = arguments[0] == "long", arguments[1:]
+    # Files that the caller names take the place of the folders below.
+    named = [argument for argument in extra if (ROOT / argument.split("::")[0]).exists()]
     newest, oldest = look_at(".venv"), look_at(".venv-parity")
     assert newest is not None, "make prepares .venv before it starts this file"
-    outcomes = [run_pytest(newest, ["tests"], select(long, parity=False), long, extra)]
+    outcomes = []
+    if not named or not all(argument.startswith("tests/parity") for argument in named):
+        folders = [] if named else ["tests"]
+        outcomes.append(run_pytest(newest, folders, select(long, parity=False), long, extra))
     if oldest is None:
-        lost = "no second environment: the parity tests did not run; see `make install` for torch"
+        lost = ".venv-parity: no parity tests: no CPU build of torch (see the first lines)"
         outcomes.append(Outcome(ok=not in_ci(), line=f"SKIPPED  {lost}"))
     else:
-        folders = (
-            ["tests/parity"] if long or oldest.jax == newest.jax else ["tests/unit", "tests/parity"]
-        )
+        twin = long or oldest.jax == newest.jax
+        folders = [] if named else ["tests/parity"] if twin else ["tests/unit", "tests/parity"]
         outcomes.append(run_pytest(oldest, folders, select(long, parity=None), long, extra))
     print("\nsummary" + (" of the long tests" if long else ""))
     for outcome in outcomes:
@@ -88,8 +92,6 @@ def run_pytest(
 ) -> Outcome:
     """One pytest process; its output goes straight to the terminal, its counts to the outcome."""
     print(f"\n== {environment.describe()}", flush=True)
-    if any((ROOT / argument.split("::")[0]).exists() for argument in extra):
-        folders = []  # the caller names the files
     workers = min(4, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
