@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.loader import Batch, BatchSource, eval_batches, parse_mixture
+from meshlm.data.prepare import PrepareConfig, prepare
+from meshlm.data.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -383,3 +385,36 @@ def test_eval_of_a_split_shorter_than_a_sequence() -> None:
     assert only.batch.loss_mask.sum(axis=1).tolist() == [2, 0]
     assert (only.num_targets, only.num_bytes) == (2, 4)
     assert list(eval_batches(MemoryStore([[]]), "val", seq_len=8, batch_size=2)) == []
+
+
+# A real store.
+
+
+def test_a_store_on_disk(tmp_path: Path) -> None:
+    """Bytes are counted against the text itself, rows against the decoded text."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = [f"# file {i}\n" + f"def naïve_{i}(x): return '€' * {i}\n" * (i + 3) for i in range(40)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    out = tmp_path / "store"
+    prepare(
+        PrepareConfig(
+            paths=(str(folder),), out=str(out), tokenizer="train:300", val_fraction=0.3, workers=1
+        )
+    )
+    store = TokenStore.open(out)
+    assert store.num_tokens("val") > 100
+    for split in ("train", "val"):
+        batches = list(eval_batches(store, split, seq_len=32, batch_size=4))
+        first = store.tokenizer.token_bytes(int(store.read(split, 0, 1)[0]))
+        total = sum(b.num_bytes for b in batches) + len(first)
+        assert total == store.manifest.splits[split].num_bytes
+    in_all = sum(store.manifest.splits[split].num_bytes for split in ("train", "val"))
+    assert in_all == sum(len(text.encode()) for text in texts)
+    source = BatchSource([(store, 1.0)], seq_len=16, batch_size=8, seed=0, document_mask=True)
+    everything = store.tokenizer.decode(store.read("train", 0, store.num_tokens("train")).tolist())
+    for step, batch in zip(range(3, 9), source.iterate(3, 0, 8), strict=False):
+        for row, origin in enumerate(source.provenance(step)):
+            assert origin.store == out
+            assert store.tokenizer.decode(batch.tokens[row].tolist()).strip("�") in everything
