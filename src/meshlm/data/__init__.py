@@ -1,7 +1,7 @@
 """The data room: text becomes tokens on disk, and tokens on disk become batches.
 
-inputs -> readers (decompress, tar) -> encode -> journal, store: what `meshlm data prepare` does, in order.
-tokenizer and bpe turn text into token ids; loader draws batches from finished stores.
+inputs -> readers (decompress, tar) -> encode -> journal, store: what `meshlm data prepare` does, in
+order. tokenizer and bpe turn text into token ids; loader draws batches from finished stores.
 
 Level 3: it imports `core` and itself, and knows nothing of models, training or checkpoints.
 """

@@ -1,0 +1,416 @@
+"""`meshlm data prepare`: input files become a token store.
+
+One process reads the files in order and cuts their records into batches; the workers encode
+batches; the first process appends the results in order. So the store does not depend on the number
+of workers, nor on where the work was interrupted.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
+from meshlm.data.batches import Batch, check_ended, read_batches
+from meshlm.data.display import Display
+from meshlm.data.encode import Encoded, Submit, encoders
+from meshlm.data.inputs import InputFile, find_inputs
+from meshlm.data.journal import Appender, Plan, Position, Totals, Workspace, split_counts
+from meshlm.data.readers import Record
+from meshlm.data.sample import train_on_sample
+from meshlm.data.store import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    UNFINISHED,
+    VERSION,
+    Counts,
+    Manifest,
+    Source,
+    TokenizerEntry,
+    documents_file,
+    hash_file,
+    parse_manifest,
+    sync_folder,
+    token_dtype,
+    tokens_file,
+    write_durably,
+)
+from meshlm.data.tokenizer import Tokenizer, from_json, load_tokenizer
+
+_DATA_FILES = tuple(name for s in SPLITS for name in (tokens_file(s), documents_file(s)))
+_FLUSH_EVERY_S = 5.0
+_WAITING_BYTES = 64 << 20
+_BYTES_PER_WORKER = 2 << 20  # of input: starting a process costs as much as encoding this
+_JUDGED_FROM_DOCUMENTS = 1000
+_SHORT_TOKENS = 2049
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn text into a token store, which `meshlm train` reads."""
+
+    paths: tuple[str, ...]
+    """Files, folders, patterns: text, .jsonl, .parquet, .tar, and these in .gz, .xz or .zst."""
+    out: str
+    """Folder of the token store."""
+    tokenizer: str = "gpt2"
+    """gpt2, a tokenizer.json or its folder, or train:VOCAB_SIZE to learn one from the input."""
+    val_fraction: float = 0.01
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """At most so many processes encode; the store does not depend on it."""
+    max_bad_documents: float = 0.001
+    """Share of unreadable documents above which the work ends with exit code 3."""
+    allow_truncated: bool = False
+    """Use what is there of a compressed file or an archive that stops too early."""
+    force: bool = False
+    """Replace the store, or the unfinished work, that is at `out`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(
+                f"--val-fraction {self.val_fraction} is not in 0 .. 1 (without 1): 0.01 is usual"
+            )
+        if not 0 <= self.max_bad_documents <= 1:
+            raise UsageError(
+                f"--max-bad-documents {self.max_bad_documents} is not in 0 .. 1: 0.001 is 0.1 %"
+            )
+        if not 1 <= self.workers <= 1024:
+            raise UsageError(f"--workers {self.workers} is not in 1 .. 1024")
+
+
+def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
+    """The manifest of the finished store at `config.out`; work that was interrupted there goes on.
+
+    Args:
+        console: where progress and notes go; None for nowhere.
+
+    Raises:
+        UsageError: a path or option is wrong, or another store is there already.
+        BadInputError: the input cannot be used, or changed since the work began.
+        BusyError: another process makes this store.
+        StoppedError: SIGTERM or SIGINT; the same call goes on.
+    """
+    console = console or Console(quiet=True)
+    out = Path(config.out)
+    inputs = find_inputs(config.paths, exclude=out)
+    size = _vocab_size_to_learn(config)
+    given = load_tokenizer(config.tokenizer) if size is None else None
+    plan = Plan(
+        options={
+            "tokenizer": given.fingerprint if given else config.tokenizer,
+            "val_fraction": config.val_fraction,
+        },
+        inputs=[(file.path, file.size_bytes) for file in inputs],
+    )
+    _check_folder(out)
+    with Workspace(out) as workspace, _stopped_by_signals():
+        finished = None if config.force else _finished(plan, out)
+        if finished:
+            workspace.remove()
+            console.print(f"{out}: already done with these inputs and options", soft_wrap=True)
+            return finished
+        _begin_or_go_on(config, plan, workspace)
+        ready = workspace.path / MANIFEST
+        if not ready.exists():
+            work = _Preparation(config, inputs, workspace, console)
+            manifest = work.run(plan, given, size)
+            write_durably(ready, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        return _publish(out, workspace)
+
+
+def _vocab_size_to_learn(config: PrepareConfig) -> int | None:
+    if not config.tokenizer.startswith("train:"):
+        return None
+    size = config.tokenizer.removeprefix("train:")
+    if not (size.isascii() and size.isdigit()):
+        raise UsageError(f"--tokenizer {config.tokenizer}: give a size, for example train:4096")
+    return int(size)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file is there; --out names a folder")
+    known = {MANIFEST, TOKENIZER, UNFINISHED, *_DATA_FILES}
+    strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.exists() else []
+    if strange:
+        raise UsageError(f"{out}: holds {strange[0]}; --out wants a folder of its own")
+
+
+def _finished(plan: Plan, out: Path) -> Manifest | None:
+    """The manifest of the store at `out` if it is of `plan`, None if there is no store."""
+    path = out / MANIFEST
+    if not path.exists():
+        return None
+    manifest = parse_manifest(path.read_bytes(), path)
+    inputs = [(source.path, source.num_bytes) for source in manifest.sources]
+    difference = Plan(options=manifest.options, inputs=inputs).difference(plan)
+    for source in manifest.sources if difference is None else ():
+        if hash_file(source.path).sha256 != source.sha256:
+            difference = f"the content of {source.path} changed"
+    if difference:
+        raise UsageError(
+            f"{out}: another token store is there ({difference}): "
+            "give another --out, or replace it with --force"
+        )
+    return manifest
+
+
+def _begin_or_go_on(config: PrepareConfig, plan: Plan, workspace: Workspace) -> None:
+    found = workspace.read_plan()
+    difference = found.difference(plan) if found else None
+    if difference and not config.force:
+        raise UsageError(
+            f"{workspace.path.parent}: unfinished work of another kind is there ({difference}): "
+            "run the command it began with, or begin again with --force"
+        )
+    if found is None or difference:
+        workspace.begin(plan)
+
+
+def _publish(out: Path, workspace: Workspace) -> Manifest:
+    """Moves the finished files to their place, the manifest last; a kill between leaves the rest to
+    the next run."""
+    ready = workspace.path / MANIFEST
+    manifest = parse_manifest(ready.read_bytes(), ready)
+    (out / MANIFEST).unlink(missing_ok=True)
+    sync_folder(out)
+    for name in manifest.files:
+        if (workspace.path / name).exists():
+            os.replace(workspace.path / name, out / name)
+    sync_folder(out)
+    os.replace(ready, out / MANIFEST)
+    sync_folder(out)
+    workspace.remove()
+    return manifest
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    codes: dict[int, int] = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+    def stop(number: int, _: object) -> None:
+        raise StoppedError("stopped; the same command goes on from here", codes[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in codes}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Preparation:
+    """One run of the work, from wherever an earlier one stopped, to the manifest."""
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        inputs: Sequence[InputFile],
+        workspace: Workspace,
+        console: Console,
+    ) -> None:
+        self._config, self._inputs = config, inputs
+        self._folder, self._workspace, self._console = workspace.path, workspace, console
+        self._input_bytes = sum(file.size_bytes for file in inputs)
+
+    def run(self, plan: Plan, given: Tokenizer | None, vocab_size: int | None) -> Manifest:
+        """The manifest of the files in the workspace, which are whole then."""
+        path = self._folder / TOKENIZER
+        if path.exists():
+            tokenizer = from_json(path.read_bytes())
+        else:
+            tokenizer = given or self._learn(vocab_size or 0)
+            write_durably(path, tokenizer.to_json())
+        totals = self._encode(tokenizer)
+        self._check_result(totals)
+        return self._manifest(plan, totals, tokenizer)
+
+    def _note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _learn(self, vocab_size: int) -> Tokenizer:
+        with Display(self._console, "reading for the tokenizer", self._input_bytes) as display:
+            tokenizer = train_on_sample(
+                self._all_records(display), vocab_size, self._config.val_fraction
+            )
+        self._note(f"learned a tokenizer of {tokenizer.vocab_size} tokens")
+        return tokenizer
+
+    def _all_records(self, display: Display) -> Iterator[tuple[int, Record]]:
+        batches = read_batches(
+            self._inputs, Position(), allow_truncated=self._config.allow_truncated
+        )
+        for batch in batches:
+            yield from batch.records
+            display.update(batch.done_bytes, batch.num_bytes)
+
+    def _encode(self, tokenizer: Tokenizer) -> Totals:
+        allow_truncated = self._config.allow_truncated
+        totals = self._workspace.read_totals()
+        check_ended(self._inputs, totals, allow_truncated=allow_truncated)
+        position = totals.position
+        done_bytes = sum(file.size_bytes for file in self._inputs[: position.source])
+        if position != Position():
+            self._note(f"going on at input file {position.source + 1} of {len(self._inputs)}")
+        appender = Appender(self._folder, totals, token_dtype(tokenizer.vocab_size))
+        batches = read_batches(self._inputs, position, allow_truncated=allow_truncated)
+        title = f"encoding with {tokenizer.name}"
+        workers = min(self._config.workers, 1 + self._input_bytes // _BYTES_PER_WORKER)
+        try:
+            with (
+                encoders(tokenizer, self._config.val_fraction, workers) as submit,
+                Display(self._console, title, self._input_bytes, done_bytes) as display,
+            ):
+                self._append(self._in_order(batches, submit), appender, display)
+        except BrokenExecutor:
+            raise MeshLMError(
+                "a worker process was ended from outside, perhaps for want of memory: "
+                "run the same command again, with fewer --workers"
+            ) from None
+        finally:
+            appender.close()
+        return totals
+
+    def _in_order(
+        self, batches: Iterator[Batch], submit: Submit
+    ) -> Iterator[tuple[Batch, Encoded]]:
+        """The encoded batches in the order of the files, with a bounded number under way."""
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+        for batch in batches:
+            waiting.append((batch, submit(batch.records)))
+            while (
+                len(waiting) >= 2 * self._config.workers
+                or sum(batch.num_bytes for batch, _ in waiting) > _WAITING_BYTES
+            ):
+                first, future = waiting.popleft()
+                yield first, future.result()
+                if not waiting:
+                    break
+        for first, future in waiting:
+            yield first, future.result()
+
+    def _append(
+        self, results: Iterator[tuple[Batch, Encoded]], appender: Appender, display: Display
+    ) -> None:
+        totals, flushed_s = appender.totals, time.monotonic()
+        for batch, encoded in results:
+            added = Totals(
+                position=batch.position,
+                sources=encoded.sources,
+                sets=totals.bounded(encoded.sets),
+                ended=batch.ended,
+                num_seen=encoded.num_ended,
+                num_bad=len(encoded.bad),
+                num_empty=encoded.num_empty,
+                bad_examples=[self._describe(*bad) for bad in encoded.bad],
+            )
+            self._judge(totals, added, [bad[0] for bad in encoded.bad])
+            appender.append(encoded, added)
+            counts = split_counts(encoded.sources)
+            display.update(batch.done_bytes, sum(c.num_bytes for c in counts.values()))
+            if time.monotonic() - flushed_s > _FLUSH_EVERY_S:
+                appender.flush()
+                flushed_s = time.monotonic()
+        appender.flush()
+
+    def _describe(self, _: int, source: int, where: str, reason: str) -> str:
+        return f"{self._inputs[source].path}{where}: {reason}"
+
+    def _judge(self, totals: Totals, added: Totals, bad_at: Sequence[int]) -> None:
+        """Raises BadInputError once the share of bad documents is too high at any document from the
+        1,000th on."""
+        moments = [totals.num_seen + number for number in bad_at]
+        for count, seen in enumerate(moments, start=totals.num_bad + 1):
+            if seen >= _JUDGED_FROM_DOCUMENTS:
+                self._judge_share(count, seen, totals, added)
+        if totals.num_seen < _JUDGED_FROM_DOCUMENTS <= totals.num_seen + added.num_seen:
+            early = sum(seen <= _JUDGED_FROM_DOCUMENTS for seen in moments)
+            self._judge_share(totals.num_bad + early, _JUDGED_FROM_DOCUMENTS, totals, added)
+
+    def _judge_share(self, num_bad: int, num_seen: int, *found: Totals) -> None:
+        if num_bad <= self._config.max_bad_documents * num_seen:
+            return
+        first = next(example for totals in found for example in totals.bad_examples)
+        raise BadInputError(
+            f"{num_bad} of {num_seen} documents are bad ({num_bad / num_seen:.2%}), the first "
+            f"{first}: mend the input, or allow more with --max-bad-documents"
+        )
+
+    def _check_result(self, totals: Totals) -> None:
+        self._judge_share(totals.num_bad, totals.num_seen, totals)
+        counts = split_counts(totals.sources)
+        binary = sum(ended.binary for ended in totals.ended.values())
+        left_out = (
+            f"{totals.num_bad} bad and {totals.num_empty} empty documents, {binary} binary files"
+        )
+        if not any(c.num_tokens for c in counts.values()):
+            raise BadInputError(
+                f"no text in the {len(self._inputs)} input files ({left_out}): "
+                "give files with text, or .jsonl with a field `text`"
+            )
+        if not counts["train"].num_tokens:
+            raise BadInputError(
+                f"all {counts['val'].num_documents} documents fell to validation: "
+                "give more documents or a lower --val-fraction, 0 for none"
+            )
+        if totals.num_bad or totals.num_empty or binary:
+            self._note(f"left out: {left_out}")
+        for example in totals.bad_examples:
+            self._note(f"bad: {example}")
+        if self._config.val_fraction and not counts["val"].num_tokens:
+            self._note(
+                f"none of the {counts['train'].num_documents} documents fell to validation: "
+                "more documents or a higher --val-fraction would give a validation loss"
+            )
+        if counts["train"].num_tokens < _SHORT_TOKENS:
+            self._note(
+                f"only {counts['train'].num_tokens} tokens to train on: too few for a sequence "
+                "of 2048; give more text, or train with a smaller --seq-len"
+            )
+
+    def _manifest(self, plan: Plan, totals: Totals, tokenizer: Tokenizer) -> Manifest:
+        sources = [
+            Source(
+                path=file.path,
+                num_bytes=totals.ended[i].num_bytes,
+                sha256=totals.ended[i].sha256,
+                truncated=totals.ended[i].truncated,
+                binary=totals.ended[i].binary,
+                counts=totals.sources.get(i, {}),
+            )
+            for i, file in enumerate(self._inputs)
+        ]
+        return Manifest(
+            format=FORMAT,
+            version=VERSION,
+            options=plan.options,
+            tokenizer=TokenizerEntry(
+                name=tokenizer.name,
+                vocab_size=tokenizer.vocab_size,
+                end_of_text_id=tokenizer.end_of_text_id,
+                fingerprint=tokenizer.fingerprint,
+            ),
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            splits={**{s: Counts() for s in SPLITS}, **split_counts(totals.sources)},
+            files={name: hash_file(self._folder / name) for name in (*_DATA_FILES, TOKENIZER)},
+            sets=totals.sets,
+            num_bad_documents=totals.num_bad,
+            bad_documents=totals.bad_examples,
+            num_empty_documents=totals.num_empty,
+            sources=sources,
+        )
