@@ -200,10 +200,13 @@ def from_json(data: bytes) -> Tokenizer:
     """
     try:
         loaded = json.loads(data)
-        return _from_dict(loaded)
     except (ValueError, RecursionError) as error:
         raise _unusable("it is not JSON") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    try:
+        return _from_dict(loaded)
+    except BadInputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unusable(f"a part is missing or malformed ({error})") from error
 
 

@@ -1,0 +1,325 @@
+"""Readers against Python's own gzip, lzma, tarfile and json, and against what is broken."""
+
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data import readers, streams
+from meshlm.data.inputs import find_inputs, format_of
+from meshlm.data.readers import FileReader, Prefix, Record
+from meshlm.data.streams import ByteSource, DamagedStreamError, decompress, tar_members
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+CONTENT = random.Random(0).randbytes(300_000) + b"text " * 200_000
+
+
+def chunked(data: bytes, size: int = 7919):
+    return (data[i : i + size] for i in range(0, len(data), size))
+
+
+def read(path: Path, **options) -> list[Record]:
+    (file,) = find_inputs([str(path)], exclude=path / "none")
+    return list(FileReader(file, **options).records())
+
+
+def texts(path: Path, **options) -> list[str]:
+    return [r.text or json.loads(r.line or b"{}").get("text", "") for r in read(path, **options)]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("chunk", [1009, 1 << 20])
+def test_decompress_members_in_bounded_chunks(suffix, chunk):
+    data = COMPRESS[suffix](CONTENT) + COMPRESS[suffix](b"") + COMPRESS[suffix](b"end")
+    parts = list(decompress(chunked(data, chunk), suffix))
+    assert b"".join(parts) == CONTENT + b"end"
+    assert max(map(len, parts)) <= streams.CHUNK_BYTES
+
+
+def test_zstd_forms():
+    frame = zstandard.ZstdCompressor(write_content_size=False).compress(CONTENT)
+    skippable = (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"hello"
+    streaming = zstandard.ZstdCompressor(level=19).compressobj()
+    second = streaming.compress(b"a" * 10**6) + streaming.flush()
+    data = skippable + frame + skippable + second
+    assert b"".join(decompress(chunked(data), ".zst")) == CONTENT + b"a" * 10**6
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_every_truncation_is_noticed(suffix, share):
+    data = COMPRESS[suffix](CONTENT[:60_000] + CONTENT[-60_000:])
+    with pytest.raises(EOFError):
+        for _ in decompress(chunked(data[: int(share * len(data))]), suffix):
+            pass
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_never_gives_other_text(suffix, share, bit):
+    content = CONTENT[:3000]
+    data = bytearray(COMPRESS[suffix](content))
+    data[int(share * len(data))] ^= 1 << bit
+    try:
+        result = b"".join(decompress(chunked(bytes(data)), suffix))
+    except (EOFError, DamagedStreamError):
+        return
+    assert result == content  # a bit of a gzip header's time or system, say
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_bomb_needs_no_memory(suffix):
+    data = COMPRESS[suffix](bytes(200 << 20))
+    tracemalloc.start()
+    total = sum(map(len, decompress(chunked(data, 1 << 20), suffix)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == 200 << 20
+    assert peak < 12 << 20
+
+
+def test_too_large_a_window_is_refused():
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    data = compressor.compress(b"x" * 1000) + compressor.flush()
+    with pytest.raises(DamagedStreamError, match="memory"):
+        list(decompress(iter([data]), ".zst"))
+
+
+LONG = "d" * 90 + "/" + "é" * 90
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("long_name", [True, False])
+def test_tar_members_equal_tarfile(kind, long_name):
+    contents = {"a.txt": b"one", "dir/b": b"x" * 512, "empty": b"", "c": CONTENT[:5000]}
+    contents |= {LONG if kind != tarfile.USTAR_FORMAT else "p" * 90 + "/" + "q" * 90: b"long"}
+    contents = contents if long_name else dict(list(contents.items())[:-1])
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for member_type in (tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo("../odd")
+            member.type, member.linkname = member_type, "/etc/passwd"
+            archive.addfile(member)
+    found = tar_members(ByteSource(chunked(buffer.getvalue(), 100)))
+    assert {name: b"".join(content) for name, _, content in found} == contents
+
+
+def _tar(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_a_damaged_tar_header_is_no_end():
+    data = bytearray(_tar(a=b"one", b=b"two"))
+    data[1024 + 5] ^= 1
+    with pytest.raises(DamagedStreamError, match="checksum"):
+        list(tar_members(ByteSource(iter([bytes(data)]))))
+    with pytest.raises(EOFError):
+        list(tar_members(ByteSource(iter([_tar(a=b"one")[:1024]]))))
+
+
+def test_a_huge_tar_header_is_refused():
+    member = tarfile.TarInfo("x")
+    member.size, member.type = 1 << 50, b"x"
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    with pytest.raises(DamagedStreamError, match="tar header of"):
+        list(tar_members(ByteSource(iter([header]))))
+
+
+@given(
+    pieces=st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=30),
+    limit=st.integers(0, 8),
+)
+def test_lines_equal_split(pieces, limit):
+    whole = b"".join(pieces).split(b"\n")
+    whole = whole[:-1] if whole[-1] == b"" else whole
+    found = list(streams.lines(pieces, limit))
+    assert found == [line if len(line) <= limit else None for line in whole]
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n  \n{"text": "two"}')
+    assert [(r.where, r.document) for r in read(path)] == [(":1", 0), (":4", 1)]
+    assert texts(path) == ["one", "two"]
+
+
+def test_a_long_line_is_a_bad_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "' + "x" * (3 << 20) + '"}\n{"text": "two"}\n')
+    first, second = read(path)
+    assert (first.where, first.bad) == (":1", "longer than 1 MiB")
+    assert (second.where, second.bad) == (":2", None)
+
+
+@pytest.mark.parametrize("suffix", ["", *COMPRESS])
+@pytest.mark.parametrize("size", [10, 5 << 20])
+def test_a_text_is_one_document_in_pieces(tmp_path, suffix, size):
+    text = "\ufeff" + ("Ein Satz über Bäume, 漢字.\r\n" * (size // 25))
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(COMPRESS.get(suffix, bytes)(text.encode()))
+    records = read(path)
+    assert "".join(r.text for r in records) == text[1:]
+    assert [r.first for r in records] == [True] + [False] * (len(records) - 1)
+    assert [r.last for r in records] == [False] * (len(records) - 1) + [True]
+    assert len({r.key for r in records}) == 1
+    assert (len(records) > 1) == (size > 1 << 20)
+    assert max(len(r.text) for r in records) < 1.5 * readers.PIECE_CHARACTERS
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 32 << 20])
+def test_bad_utf8_is_named_by_its_line_however_long_the_text(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", limit)
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"good line\n" * 50_000 + b"bad \xff line\n" + b"more\n" * 9))
+    (record,) = read(path)
+    assert (record.where, record.bad) == (":50001", "not UTF-8 (invalid start byte)")
+
+
+def test_tar_of_texts(tmp_path):
+    data = _tar(**{"b.txt": b"two", ".hidden": b"no", "bad": b"\xff", "./c": b"three"})
+    for name in ("a.tar.gz", "a.tgz", "a.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(data))
+        found = [(r.where, r.text, r.bad) for r in read(tmp_path / name)]
+        assert found == [
+            ("!b.txt", "two", None),
+            ("!bad:1", "", "not UTF-8 (invalid start byte)"),
+            ("!./c", "three", None),
+        ]
+
+
+def test_truncated_files(tmp_path):
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
+    for name, data in [("a.jsonl.gz", lines), ("b.txt.zst", lines), ("c.tar.xz", _tar(x=lines))]:
+        path = tmp_path / name
+        whole = COMPRESS[path.suffix](data)
+        path.write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(BadInputError, match=f"{name}.*truncated"):
+            read(path)
+        records = read(path, allow_truncated=True)
+        assert all(not r.bad for r in records)
+    assert 1000 < len(texts(tmp_path / "a.jsonl.gz", allow_truncated=True)) < 20_000
+    assert lines.decode().startswith(texts(tmp_path / "b.txt.zst", allow_truncated=True)[0])
+    assert texts(tmp_path / "c.tar.xz", allow_truncated=True) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.xz", "a.zst", "a.tar.zst", "a.parquet"])
+def test_damaged_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is not what the name says, not at all" * 100)
+    with pytest.raises(BadInputError, match=name):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_an_empty_compressed_file_is_truncated(tmp_path, suffix):
+    (tmp_path / f"a.txt{suffix}").write_bytes(b"")
+    with pytest.raises(BadInputError, match="truncated"):
+        read(tmp_path / f"a.txt{suffix}")
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": f"row {i}", "meta": {"pile_set_name": f"S{i % 3}"}} for i in range(1000)]
+    rows[7]["text"] = None
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records = read(tmp_path / "a.parquet")
+    assert (records[7].where, records[7].bad) == (":row 7", "`text` is null")
+    assert [r.text for r in records[:2]] == ["row 0", "row 1"]
+    assert [r.set_name for r in records[:4]] == ["S0", "S1", "S2", "S0"]
+    assert len(records) == 1000
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "b.parquet")
+    with pytest.raises(BadInputError, match=r"b\.parquet: no column `text`.*body"):
+        read(tmp_path / "b.parquet")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"install meshlm\[parquet\]"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_changed_beginning_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(CONTENT[:1].hex().encode() * 300_000)
+    (file,) = find_inputs([str(path)], exclude=tmp_path / "none")
+    reader = FileReader(file)
+    list(reader.records())
+    assert reader.prefix.num_bytes == 600_000
+    assert len(read(path, expected=reader.prefix)) == 1
+    for prefix in (
+        Prefix(num_bytes=300_001, sha256="0" * 64),
+        Prefix(num_bytes=700_000, sha256=""),
+    ):
+        with pytest.raises(BadInputError, match="changed"):
+            read(path, expected=prefix)
+
+
+def test_formats():
+    names = ["a.txt", "a", "a.py.gz", "a.jsonl.zst", "A.JSONL", "a.tar.xz", "a.tgz", "x.parquet"]
+    assert [format_of(name) for name in names] == (
+        ["text", "text", "text", "jsonl", "jsonl", "tar", "tar", "parquet"]
+    )
+
+
+def found(*paths: Path | str, exclude: Path = Path("/none")) -> list[str]:
+    return [file.path for file in find_inputs([str(p) for p in paths], exclude=exclude)]
+
+
+def test_folders_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ["b/2.txt", "b/10.txt", "a.txt", ".git/x", "b/__pycache__/y.pyc", "store/t.bin"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b/up").symlink_to("..")
+    (tmp_path / "b/same").symlink_to("2.txt")
+    (tmp_path / "b/gone").symlink_to("nowhere")
+    inside = ["b/10.txt", "b/2.txt"]
+    assert found(".", exclude=tmp_path / "store") == ["./a.txt", "./b/10.txt", "./b/2.txt"]
+    assert found("b") == [*inside, "b/up/a.txt", "b/up/store/t.bin"]
+    assert found("b/*.txt", "b/2.txt", "a.txt") == [*inside, "a.txt"]
+    assert found("**/*.txt") == ["a.txt", *inside]
+    for missing in ("c", "c/*.txt", ".git/*.md", "b/gone"):
+        with pytest.raises(UsageError, match=missing.replace("*", r"\*")):
+            found(missing)
+    os.mkfifo("pipe")
+    with pytest.raises(UsageError, match="not a regular file"):
+        found("pipe")
+    with pytest.raises(UsageError, match="no input"):
+        found()
+
+
+def test_binary_files_in_folders_are_passed_over_but_not_when_named(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\0\xff\xfe" * 100)
+    (file,) = find_inputs([str(tmp_path)], exclude=tmp_path / "none")
+    reader = FileReader(file)
+    assert list(reader.records()) == []
+    assert reader.binary
+    assert read(tmp_path / "a.bin")[0].bad
