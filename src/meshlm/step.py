@@ -74,7 +74,7 @@ class StepConfig:
 
     model: ModelConfig
     optimizer: OptimizerConfig
-    compute: Compute = Compute()
+    compute: Compute = dataclasses.field(default_factory=Compute)
     accumulate: int = 1
     """Parts into which the batch is cut; their gradients are added."""
     z_loss: float = 0.0
@@ -130,12 +130,12 @@ def loss_and_grads(
 
     if parts == 1:
         loss, grads = jax.value_and_grad(part_loss)(params, batch)
-        return loss, grads, jnp.square(optax.global_norm(grads))
+        return loss, grads, jnp.square(optax.tree.norm(grads))
 
     def add(carry: tuple, part: StepBatch) -> tuple[tuple, None]:
         loss, grads, square = carry
         part_value, part_grads = jax.value_and_grad(part_loss)(params, part)
-        square += jnp.square(parts * optax.global_norm(part_grads)) / parts
+        square += jnp.square(parts * optax.tree.norm(part_grads)) / parts
         return (loss + part_value, jax.tree.map(jnp.add, grads, part_grads), square), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -144,7 +144,7 @@ def loss_and_grads(
 
 
 def _cut(batch: StepBatch, parts: int) -> StepBatch:
-    """Returns the batch as [A, B/A, T]: part a has rows a, A+a, ..., so that no row changes device."""
+    """Returns the batch as [A, B/A, T]; part a has rows a, A+a, ...: no row changes device."""
 
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
@@ -159,11 +159,13 @@ def train_step(
 
     A loss or gradient that is not finite leaves parameters and optimizer as they were.
     """
+    grads: PyTree
     loss, grads, micro_square = loss_and_grads(state.params, batch, config)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config.optimizer, state.step)
     optimizer = make_optimizer(config.optimizer, decay_mask(config.model))
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params: PyTree = state.params
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:

@@ -34,8 +34,9 @@ LEVELS = {
     "__init__": 6,
     "__main__": 6,
 }
-# A step is what an optimizer does to a state: the one pair of neighbours that know each other.
-NEIGHBOURS = {("step", "optim")}
+# Neighbours that know each other: a step is what an optimizer does to a state, and the demo is
+# written on what every user has.
+NEIGHBOURS = {("step", "optim"), ("demo", "api")}
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "manager")
 # Pure rooms: no file, network or log.
 PURE = ("ops", "model", "optim", "step")

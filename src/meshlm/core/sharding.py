@@ -69,7 +69,7 @@ class MeshConfig:
 
 
 def make_mesh(
-    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+    config: MeshConfig | None = None, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
     """Returns a mesh of explicit axes over `devices` (the machine's, unless given).
 
@@ -96,7 +96,7 @@ def partition(*dims: str | None, gathered: bool = False) -> PartitionSpec:
 
     Args:
         dims: one name a tensor dimension; None and names without a rule stay whole.
-        gathered: leave out the axes over which weights are gathered for use (the batch stays split).
+        gathered: leave out the axes over which weights are gathered for use; `batch` stays.
 
     Raises:
         ValueError: two dims claim the same mesh axis.

@@ -1,7 +1,7 @@
 """Parameter trees: dataclasses registered as pytrees, the names of their leaves, sizes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -29,7 +29,7 @@ def pytree(cls: type[T]) -> type[T]:
     def flatten(node: T) -> tuple[tuple[Any, ...], None]:
         return tuple(getattr(node, name) for name in names), None
 
-    def unflatten(_: None, children: tuple[Any, ...]) -> T:
+    def unflatten(_: None, children: Iterable[Any]) -> T:
         node = object.__new__(cls)
         for name, child in zip(names, children, strict=True):
             object.__setattr__(node, name, child)
@@ -50,7 +50,7 @@ def to_named(tree: PyTree) -> dict[str, Any]:
 
 
 def from_named(like: PyTree, named: Mapping[str, Any]) -> PyTree:
-    """Returns a tree with the structure of `like` and the leaves of `named`, the inverse of `to_named`."""
+    """Returns `like` with its leaves from `named`: the inverse of `to_named`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: named[path_name(path)], like)
 
 

@@ -46,18 +46,18 @@ def init_cache(config: ModelConfig, batch_size: int, num_places: int, dtype: str
 def extend(
     cache: LayerCache,
     start_B: Int[Array, "B"],
-    k_BTNH: Float[Array, "B T N H"],
-    v_BTNH: Float[Array, "B T N H"],
+    k_BNTH: Float[Array, "B N T H"],
+    v_BNTH: Float[Array, "B N T H"],
 ) -> LayerCache:
     """Returns the cache with T new keys and values written from place `start_B[b]` on in row b."""
 
     def write(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(row, new, (0, start, 0))
 
-    def write_all(old: jax.Array, new_BTNH: jax.Array) -> jax.Array:
-        return jax.vmap(write)(old, new_BTNH.transpose(0, 2, 1, 3).astype(old.dtype), start_B)
+    def write_all(old: jax.Array, new_BNTH: jax.Array) -> jax.Array:
+        return jax.vmap(write)(old, new_BNTH.astype(old.dtype), start_B)
 
-    return LayerCache(keys=write_all(cache.keys, k_BTNH), values=write_all(cache.values, v_BTNH))
+    return LayerCache(keys=write_all(cache.keys, k_BNTH), values=write_all(cache.values, v_BNTH))
 
 
 def cache_mask(cache: Cache, positions_BT: Int[Array, "B T"]) -> Bool[Array, "B N T S"]:

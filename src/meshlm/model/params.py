@@ -76,10 +76,10 @@ def describe(config: ModelConfig) -> PyTree:
     N, H = config.num_heads, config.head_dim
     read_std, write_std = 1 / math.sqrt(D), 2 / L / math.sqrt(D)
 
-    def matrix(shape: tuple[int, ...], dims: tuple[str | None, ...], std: float) -> Weight:
+    def matrix(shape: tuple[int, ...], dims: tuple[str | None, ...], std: float) -> Any:
         return Weight(shape=shape, dims=dims, std=std, decay=True)
 
-    def vector(shape: tuple[int, ...], dims: tuple[str | None, ...], fill: float = 0.0) -> Weight:
+    def vector(shape: tuple[int, ...], dims: tuple[str | None, ...], fill: float = 0.0) -> Any:
         return Weight(shape=shape, dims=dims, fill=fill)
 
     stacked = "layers"

@@ -94,10 +94,19 @@ def forward_cached(
     rotary = _rotary(config, positions_BT, tokens_BT.shape[1])
     mask = cache_mask(cache, positions_BT)
     x_BTD = embed(params, tokens_BT)
+    start_B = reshard(positions_BT[:, 0], "batch")
     layers = []
     for block, layer_cache in zip(params.blocks, cache.layers, strict=True):
         x_BTD, updated = _block(
-            x_BTD, block, config, compute, rotary, mask, (layer_cache, positions_BT[:, 0])
+            # LEAD, please change: JAX 0.12 drops the sharding of x[:, 0] where B is 1, so one prompt on a
+            # mesh fails in `extend`. Write reshard(positions_BT[:, 0], "batch"). (from generation)
+            x_BTD,
+            block,
+            config,
+            compute,
+            rotary,
+            mask,
+            (layer_cache, start_B),
         )
         layers.append(updated)
     return _final_norm(params, config, x_BTD), Cache(layers=tuple(layers))
@@ -159,11 +168,12 @@ def _attention(
         q_BTNH = apply_rotary(q_BTNH, *rotary).astype(compute.dtype)
         k_BSNH = apply_rotary(k_BSNH, *rotary).astype(compute.dtype)
         v_BSNH = v_BSNH.astype(compute.dtype)
+        k_BNSH, v_BNSH = (x.transpose(0, 2, 1, 3) for x in (k_BSNH, v_BSNH))
         cache = None
         if cached is not None:
-            cache = extend(*cached, k_BSNH, v_BSNH)
-            k_BSNH, v_BSNH = (c.transpose(0, 2, 1, 3) for c in (cache.keys, cache.values))
-        mixed_BTNH = attend(q_BTNH, k_BSNH, v_BSNH, mask).astype(compute.dtype)
+            cache = extend(*cached, k_BNSH, v_BNSH)
+            k_BNSH, v_BNSH = cache.keys, cache.values
+        mixed_BTNH = attend(q_BTNH, k_BNSH, v_BNSH, mask).astype(compute.dtype)
         out = gather(block.attention_out, compute, "embed", "heads", None)
         return dot(mixed_BTNH, out, contract=2, partial=True), cache
 
@@ -177,11 +187,11 @@ def _feed_forward(x_BTD: jax.Array, block: Block, compute: Compute) -> jax.Array
 
 
 def _shared_input(x_BTD: jax.Array) -> jax.Array:
-    """Returns x for several products split over `model`, whose gradients are summed before one reduction."""
+    """Returns x for several products over `model`, whose gradients then share one reduction."""
     batch = spec("batch", None, None)
     if batch is None:
         return x_BTD
-    return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced={"model"}))
+    return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=frozenset({"model"})))
 
 
 def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
@@ -196,7 +206,7 @@ def _rotary(
     return table_rows(sin, positions_BT, length), table_rows(cos, positions_BT, length)
 
 
-def _rematerialise(layer, remat: Remat):  # noqa: ANN001, ANN202
+def _rematerialise(layer, remat: Remat):
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies

@@ -26,21 +26,31 @@ def causal_mask(
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSNH: Float[Array, "B S N H"],
-    v_BSNH: Float[Array, "B S N H"],
+    k_BNSH: Float[Array, "B N S H"],
+    v_BNSH: Float[Array, "B N S H"],
     mask_BNTS: Bool[Array, "B N T S"],
 ) -> Float[Array, "B T N H"]:
     """Returns the attention's output in float32: softmax(q k / sqrt(H)) v.
 
-    Products are of the operands' dtype with float32 sums; scores and softmax are float32.
+    Products are of the operands' dtype with float32 sums; scores and softmax are float32. Keys and
+    values come as a cache keeps them, so that decoding transposes none of it.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
     """
-    dtype = v_BSNH.dtype
+    if q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
+        # Products with one row have no bfloat16 kernel there.
+        q_BTNH, k_BNSH, v_BNSH = (x.astype(jnp.float32) for x in (q_BTNH, k_BNSH, v_BNSH))
     scores_BNTS = jnp.einsum(
-        "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+        "BNTH,BNSH->BNTS",
+        q_BTNH.transpose(0, 2, 1, 3),
+        k_BNSH,
+        preferred_element_type=jnp.float32,
     ) / math.sqrt(q_BTNH.shape[-1])
     weights_BNTS = jax.nn.softmax(jnp.where(mask_BNTS, scores_BNTS, MASKED), axis=-1)
-    return jnp.einsum(
-        "BNTS,BSNH->BTNH", weights_BNTS.astype(dtype), v_BSNH, preferred_element_type=jnp.float32
+    mixed_BNTH = jnp.einsum(
+        "BNTS,BNSH->BNTH",
+        weights_BNTS.astype(v_BNSH.dtype),
+        v_BNSH,
+        preferred_element_type=jnp.float32,
     )
+    return mixed_BNTH.transpose(0, 2, 1, 3)

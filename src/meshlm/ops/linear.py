@@ -45,7 +45,7 @@ def _dot_sharding(
     x_spec, w_spec = (jax.typeof(a).sharding.spec.partitions for a in (x, weight))
     parts = (*x_spec[: x.ndim - contract], *w_spec[: weight.ndim - contract])
     if partial:
-        return PartitionSpec(*parts, unreduced={"model"})
+        return PartitionSpec(*parts, unreduced=frozenset({"model"}))
     return PartitionSpec(*parts)
 
 
@@ -65,7 +65,7 @@ def layer_norm(
     offset: Float[Array, "D"],
     epsilon: float,
 ) -> Float[Array, "B T D"]:
-    """Returns x of zero mean and unit (population) variance over D, scaled and offset, in float32."""
+    """Returns x in float32 with mean 0 and (population) variance 1 over D, scaled and offset."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     centred = x - mean

@@ -1,0 +1,1 @@
+"""Runs: the loop, what it measures, how it stops and goes on, and its report."""

@@ -1,0 +1,119 @@
+"""meshlm generate"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from meshlm.api import load
+from meshlm.core.errors import UsageError
+from meshlm.core.sharding import MeshConfig
+from meshlm.generation import Generation, SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Let a model continue a prompt."""
+
+    path: Positional[Path]
+    """A run or a checkpoint."""
+    prompt: str | None = None
+    """The text to continue."""
+    prompt_file: Path | None = None
+    """A file whose whole text is the prompt; - reads standard input."""
+    max_tokens: int = 64
+    """The most tokens to generate for each sample."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most probable token."""
+    top_k: int | None = None
+    """Sample among the K most probable tokens only."""
+    top_p: float | None = None
+    """Sample among the fewest most probable tokens whose probabilities reach P together."""
+    min_p: float | None = None
+    """Sample among tokens at least P times as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1, makes tokens of the prompt and of the output so far less probable."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample; they are not part of it."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    n: Annotated[int, arg(aliases=("-n",))] = 1
+    """Samples to make."""
+    logprobs: int | None = None
+    """Also show the log-probabilities of this many of the most probable tokens at each place."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Weights and products; left out, as the checkpoint stores them."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    json: bool = False
+    """Print one JSON object instead of the text."""
+
+
+def run(config: Config) -> None:
+    """Prints the prompt and what comes after it, as it is made."""
+    prompt = _prompt(config)
+    model = load(config.path, dtype=config.dtype, mesh=config.mesh)
+    shared = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(Config)}
+    sampling = SamplingConfig(**{name: getattr(config, name) for name in shared})
+    streams = config.n == 1 and not config.json and config.logprobs is None
+    if streams:
+        _write(prompt)
+    samples = model.sample([prompt], sampling, _write_piece if streams else None)
+    if config.json:
+        print(_to_json(config, prompt, samples))
+    elif streams:
+        _write("\n")
+    else:
+        _print_samples(config, model, prompt, samples)
+
+
+def _prompt(config: Config) -> str:
+    if (config.prompt is None) == (config.prompt_file is None):
+        raise UsageError("give either --prompt TEXT or --prompt-file FILE")
+    if config.prompt is not None:
+        return config.prompt
+    assert config.prompt_file is not None
+    if str(config.prompt_file) == "-":
+        return sys.stdin.read()
+    try:
+        return config.prompt_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--prompt-file {config.prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt-file {config.prompt_file} is not UTF-8: {error}") from None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _write_piece(prompt: int, sample: int, piece: str) -> None:
+    _write(piece)
+
+
+def _print_samples(config: Config, model, prompt: str, samples: list[Generation]) -> None:
+    for number, sample in enumerate(samples):
+        if config.n > 1:
+            print(f"--- {number + 1} of {config.n}, {sample.finish_reason}")
+        print(prompt + sample.text)
+        if sample.top_logprobs is not None:
+            for token, logprob, others in zip(
+                sample.tokens, sample.logprobs, sample.top_logprobs, strict=True
+            ):
+                shown = "  ".join(
+                    f"{model.tokenizer.decode([t])!r} {p:.3f}" for t, p in others.items()
+                )
+                print(f"{model.tokenizer.decode([token])!r:>16} {logprob:8.3f}   {shown}")
+
+
+def _to_json(config: Config, prompt: str, samples: list[Generation]) -> str:
+    return json.dumps(
+        {
+            "model": str(config.path),
+            "prompt": prompt,
+            "samples": [asdict(sample) for sample in samples],
+        }
+    )

@@ -1,0 +1,132 @@
+"""The entry point: finds the command, runs it, and turns errors into a line and an exit code."""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from meshlm.cli.parse import parse
+from meshlm.core.errors import MeshLMError, StoppedError, UsageError
+
+_HELP = ("-h", "--help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its words, and the module in meshlm.cli with its `Config` and `run`."""
+
+    words: str
+    module: str
+    summary: str
+
+
+# A module is imported when its command runs, so that help and mistakes answer at once.
+COMMANDS = (
+    Command("demo", "demo", "train a small GPT-J on text found here, and let it write"),
+    Command("data prepare", "prepare", "turn text into a token store"),
+    Command("data inspect", "inspect", "show what a token store holds"),
+    Command("train", "train", "train a model, or go on where a run stopped"),
+    Command("generate", "generate", "let a model continue a prompt"),
+    Command("verify", "verify", "check a run, a checkpoint or a token store for damage"),
+    Command("doctor", "doctor", "tell what this machine and this installation can do"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code of `meshlm ARGUMENTS...` (the process's own, unless given)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = "--verbose" in words
+    words = [word for word in words if word != "--verbose"]
+    return _guarded(lambda: _run(words), verbose)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in _HELP:
+        print(_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"meshlm {version('meshlm')}")
+        return 0
+    command, rest = _find(words)
+    module = importlib.import_module(f"meshlm.cli.{command.module}")
+    config = parse(module.Config, rest, prog=f"meshlm {command.words}")
+    signal.signal(signal.SIGTERM, _stopped_before_it_began)
+    return module.run(config) or 0
+
+
+def _find(words: list[str]) -> tuple[Command, list[str]]:
+    for command in COMMANDS:
+        parts = command.words.split()
+        if words[: len(parts)] == parts:
+            return command, words[len(parts) :]
+    group = [c for c in COMMANDS if c.words.startswith(words[0] + " ")]
+    if group and (len(words) == 1 or words[1] in _HELP):
+        raise _Shown(_help(group))
+    known = [command.words for command in COMMANDS]
+    given = " ".join(words[:2] if group else words[:1])
+    near = difflib.get_close_matches(given, known, 1, 0.5)
+    hint = f"did you mean `meshlm {near[0]}`?" if near else "see `meshlm --help`"
+    raise UsageError(f"there is no command {given!r}: {hint}")
+
+
+class _Shown(Exception):  # noqa: N818 - it ends the work, but is no error
+    """Text that was asked for instead of work."""
+
+
+def _help(commands: Sequence[Command] = COMMANDS) -> str:
+    width = max(len(command.words) for command in commands) + 2
+    lines = [f"  {command.words:<{width}}{command.summary}" for command in commands]
+    return "\n".join(
+        (
+            "usage: meshlm COMMAND [OPTIONS]",
+            "",
+            "MeshLM trains, samples and evaluates GPT-J on one CPU, one GPU or a mesh of devices.",
+            "",
+            *lines,
+            "",
+            "Each command explains itself: meshlm COMMAND --help. Start with: meshlm demo",
+            "--verbose with any command shows the traceback of an error; --version the version.",
+        )
+    )
+
+
+def _guarded(work: Callable[[], int], verbose: bool) -> int:
+    try:
+        return work()
+    except _Shown as shown:
+        print(shown)
+        return 0
+    except MeshLMError as error:
+        return _fail(str(error), error.exit_code, verbose)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, verbose)
+    except BrokenPipeError:
+        # The reader of our output went away; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", 1, verbose)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        line = str(error).strip().split("\n")[0]
+        return _fail(f"{type(error).__name__}: {line} (--verbose shows where)", 1, False)
+
+
+def _fail(message: str, exit_code: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    print(f"meshlm: {message}", file=sys.stderr)
+    return exit_code
+
+
+def _stopped_before_it_began(number: int, frame: FrameType | None) -> Any:
+    raise StoppedError("stopped by SIGTERM before anything was to be saved", 75)

@@ -1,0 +1,280 @@
+"""What a run is: the options of `meshlm train`, resolved into one record that the run keeps.
+
+An option that shapes the run's past has no default in `TrainConfig`: left out, it is what the run
+in the folder has, or in a new run what `_DEFAULTS` says or what follows from the others. Given, it
+must be what the run has.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from meshlm.core.config import from_dict, to_dict
+from meshlm.core.errors import UsageError
+from meshlm.core.sharding import MeshConfig
+from meshlm.model.config import PRESETS, ModelConfig, vocab_rows
+from meshlm.model.params import check_divides, count_params
+from meshlm.model.transformer import Compute, Remat
+from meshlm.optim import OptimizerConfig
+from meshlm.step import StepConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a GPT-J. The same command again goes on where the run stopped."""
+
+    run: Path
+    """Folder of the run: configuration, metrics, checkpoints, samples, report."""
+    data: tuple[str, ...] | None = None
+    """Token stores, as PATH or PATH=WEIGHT each."""
+    preset: str | None = None
+    """Shape of the model: test, demo, 125m, 350m, 1.3b, 2.7b, gpt-j-6b, 23b. [demo]"""
+    steps: int | None = None
+    """Train up to this step; more than before continues a finished run. [1000]"""
+    batch_size: int | None = None
+    """Sequences in one step, over all devices and accumulated parts. [8]"""
+    seq_len: int | None = None
+    """Tokens in a sequence. [the preset's context length]"""
+    seed: int | None = None
+    """Decides the initial weights and the order of the data. [0]"""
+    vocab_size: int | None = None
+    """Rows of the embedding and head. [the tokenizer's size, padded]"""
+    document_mask: bool | None = None
+    """Tokens see only their own document; the original let them see the whole window. [False]"""
+    learning_rate: float | None = None
+    """Peak learning rate. [by the model's size]"""
+    end_learning_rate: float | None = None
+    """Learning rate after the anneal. [a tenth of the peak]"""
+    warmup_steps: int | None = None
+    """Steps of linear rise to the peak. [a twentieth of the steps, at most 3000]"""
+    anneal_steps: int | None = None
+    """Steps of cosine fall after the warm-up. [the rest of the steps]"""
+    weight_decay: float | None = None
+    """Pull on matrices towards 0. [0.1]"""
+    clip_norm: float | None = None
+    """Gradients of a larger global norm are scaled down to it. [1.0]"""
+    accumulate: int | None = None
+    """Parts into which a step's batch is cut to save memory. [1]"""
+    z_loss: float | None = None
+    """Weight of the original's penalty on the log-sum-exp; the original's value is 1e-4. [0]"""
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    """Operands of the matrix products; weights and sums are float32. [bfloat16]"""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    remat: Remat | None = None
+    """What the backward pass computes again to save memory. [none, full from 1e9 weights on]"""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are kept for good."""
+    eval_every: int = 100
+    """Steps between measurements on the held-out split."""
+    eval_tokens: int = 65_536
+    """Held-out tokens in one measurement, spread over the split."""
+    sample_every: int = 500
+    """Steps between sample generations; 0 turns them off."""
+    sample_prompts: tuple[str, ...] = ("The ", "def is_even(i):", "In 2021 ")
+    """Prompts of the samples."""
+    sample_tokens: int = 48
+    """Tokens of one sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{_flag(name)} {value}: give 1 or more")
+        for name in ("checkpoint_every", "keep", "eval_every", "eval_tokens", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{_flag(name)} {getattr(self, name)}: give 1 or more")
+        if self.sample_every < 0:
+            raise UsageError(f"--sample-every {self.sample_every}: give 0 (off) or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreRecord:
+    """A token store as the run saw it."""
+
+    path: str
+    weight: float
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run's past in full: what may not change when it goes on, but `steps`."""
+
+    preset: str
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    data: tuple[StoreRecord, ...]
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    steps: int
+    batch_size: int
+    seq_len: int
+    seed: int
+    document_mask: bool
+    accumulate: int
+    z_loss: float
+    compute_dtype: Literal["bfloat16", "float32"]
+
+    def step_config(self, remat: Remat | None) -> StepConfig:
+        """Returns what the compiled step depends on."""
+        large = count_params(self.model) >= 1e9
+        compute = Compute(
+            dtype=self.compute_dtype,
+            remat=remat or ("full" if large else "none"),
+            scan_layers=self.model.num_layers > _MOST_UNROLLED_LAYERS,
+        )
+        return StepConfig(
+            model=self.model,
+            optimizer=self.optimizer,
+            compute=compute,
+            accumulate=self.accumulate,
+            z_loss=self.z_loss,
+        )
+
+
+# A layer compiled by itself trains faster on a CPU, but takes its own time to compile.
+_MOST_UNROLLED_LAYERS = 12
+_DEFAULTS: dict[str, Any] = {
+    "preset": "demo",
+    "steps": 1000,
+    "batch_size": 8,
+    "seed": 0,
+    "document_mask": False,
+    "accumulate": 1,
+    "z_loss": 0.0,
+    "compute_dtype": "bfloat16",
+}
+# Parameters without embedding and head up to which a peak learning rate is the default. From 125M
+# on they are GPT-3's (Brown et al. 2020, table 2.1), and GPT-J's own at 6B.
+_PEAK_RATES = ((2e7, 2e-3), (2e8, 6e-4), (5e8, 3e-4), (2e9, 2e-4), (4e9, 1.6e-4), (1e10, 1.2e-4))
+_OPTIMIZER_OPTIONS = (
+    "learning_rate",
+    "end_learning_rate",
+    "warmup_steps",
+    "anneal_steps",
+    "weight_decay",
+    "clip_norm",
+)
+
+
+def new_run(
+    config: TrainConfig, stores: tuple[StoreRecord, ...], tokenizer: str, tokenizer_size: int
+) -> RunConfig:
+    """Returns the record of a run that begins.
+
+    Raises:
+        UsageError: an option does not fit the others.
+    """
+    given = _given(config, _DEFAULTS)
+    preset = given["preset"]
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset} is not known: choose one of {', '.join(PRESETS)}")
+    vocab_size = config.vocab_size or vocab_rows(tokenizer_size)
+    if vocab_size < tokenizer_size:
+        raise UsageError(
+            f"--vocab-size {vocab_size} is less than the {tokenizer_size} tokens of the data's "
+            f"tokenizer: give {vocab_rows(tokenizer_size)}"
+        )
+    model = dataclasses.replace(PRESETS[preset], vocab_size=vocab_size)
+    seq_len = config.seq_len or model.context_length
+    if seq_len > model.context_length:
+        raise UsageError(
+            f"--seq-len {seq_len} is longer than the context of {preset}: "
+            f"give {model.context_length} or less"
+        )
+    return RunConfig(
+        model=model,
+        optimizer=_new_optimizer(config, model, given["steps"]),
+        data=stores,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        **given,
+    )
+
+
+def _given(config: TrainConfig, defaults: dict[str, Any]) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in defaults}
+    return {name: defaults[name] if value is None else value for name, value in values.items()}
+
+
+def _new_optimizer(config: TrainConfig, model: ModelConfig, steps: int) -> OptimizerConfig:
+    inner = count_params(model) - 2 * model.vocab_size * model.d_model
+    peak = config.learning_rate
+    if peak is None:
+        peak = next((rate for limit, rate in _PEAK_RATES if inner <= limit), 1e-4)
+    warmup = min(3000, steps // 20) if config.warmup_steps is None else config.warmup_steps
+    derived = {
+        "learning_rate": peak,
+        "end_learning_rate": peak / 10,
+        "warmup_steps": warmup,
+        "anneal_steps": max(1, steps - warmup),
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+    }
+    return OptimizerConfig(**_given(config, derived))
+
+
+def continued_run(
+    config: TrainConfig, record: RunConfig, stores: tuple[StoreRecord, ...] | None
+) -> RunConfig:
+    """Returns the record of a run that goes on: its own, with the steps now asked for.
+
+    Raises:
+        UsageError: an option is given that would change the run's past; both values are named.
+    """
+    then = to_dict(record)
+    past = {**{name: then[name] for name in (*_DEFAULTS, "seq_len")}, **then["optimizer"]}
+    past["vocab_size"] = record.model.vocab_size
+    for name in (*_DEFAULTS, "seq_len", "vocab_size", *_OPTIMIZER_OPTIONS):
+        now = getattr(config, name)
+        if name != "steps" and now is not None and now != past[name]:
+            _refuse(config.run, _flag(name), past[name], now)
+    if stores is not None:
+        _check_same_stores(config.run, record.data, stores)
+    return dataclasses.replace(record, steps=config.steps or record.steps)
+
+
+def _check_same_stores(
+    run: Path, then: tuple[StoreRecord, ...], now: tuple[StoreRecord, ...]
+) -> None:
+    def shown(stores: tuple[StoreRecord, ...]) -> str:
+        return " ".join(f"{s.path}={s.weight:g} ({s.fingerprint[:12]})" for s in stores)
+
+    if [(s.weight, s.fingerprint) for s in then] != [(s.weight, s.fingerprint) for s in now]:
+        _refuse(run, "data", shown(then), shown(now))
+
+
+def _refuse(run: Path, flag: str, then: Any, now: Any) -> None:
+    raise UsageError(
+        f"--{flag} was {then} in the run {run} and is {now} now: leave it as it was, "
+        "or choose another --run"
+    )
+
+
+def check_batch(record: RunConfig, mesh: MeshConfig) -> None:
+    """Raises UsageError where batch, accumulation and mesh do not divide."""
+    check_divides(record.model, mesh)
+    shards = mesh.batch_shards * record.accumulate
+    if record.batch_size % shards:
+        raise UsageError(
+            f"--batch-size {record.batch_size} does not divide among {mesh.batch_shards} devices "
+            f"(replica x data) times --accumulate {record.accumulate}: give a multiple of {shards}"
+        )
+
+
+def read_run_config(content: Any, where: str) -> RunConfig:
+    """Returns the record in a run's or a checkpoint's config.json.
+
+    Raises:
+        BadInputError: it is not one, or has settings that this version does not know.
+    """
+    run = content.get("run") if isinstance(content, dict) else None
+    return from_dict(RunConfig, run, f"{where} (run)")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,106 @@
+"""The files of a run folder that are neither metrics nor checkpoints."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from meshlm.checkpoint.manifest import library_versions
+from meshlm.core.config import to_dict, to_json
+from meshlm.core.errors import BadInputError
+from meshlm.core.platform import device_facts
+from meshlm.training.config import RunConfig, TrainConfig, read_run_config
+from meshlm.training.report.record import INCIDENTS_FILE, SAMPLES_FOLDER
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def write_config(run: Path, record: RunConfig, options: TrainConfig) -> bytes:
+    """Writes config.json whole, and returns its bytes.
+
+    `run` is what may not change; `options` are those of this start that may; `environment` says
+    where it ran.
+    """
+    free = {name: to_dict(options)[name] for name in _FREE_OPTIONS}
+    content = to_json({"run": to_dict(record), "options": free, "environment": _environment()})
+    replace_file(run / CONFIG_FILE, content)
+    return content
+
+
+_FREE_OPTIONS = (
+    "mesh",
+    "remat",
+    "checkpoint_every",
+    "keep",
+    "keep_every",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "sample_prompts",
+    "sample_tokens",
+)
+
+
+def _environment() -> dict[str, Any]:
+    facts = device_facts()
+    return {
+        **library_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": facts.kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def read_config(run: Path) -> RunConfig | None:
+    """Returns the record of the run in a folder; None where there is no run.
+
+    Raises:
+        BadInputError: config.json is no run's.
+    """
+    path = run / CONFIG_FILE
+    if not path.exists():
+        return None
+    return parse_config(path.read_bytes(), str(path))
+
+
+def parse_config(data: bytes, where: str) -> RunConfig:
+    """Returns the record in the bytes of a config.json.
+
+    Raises:
+        BadInputError: they are no run's.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise BadInputError(f"{where} is not JSON ({error}): restore it or start anew") from None
+    return read_run_config(content, where)
+
+
+def write_samples(run: Path, step: int, samples: Sequence[tuple[str, str]]) -> None:
+    """Writes samples/step_N.json: pairs of prompt and continuation."""
+    folder = run / SAMPLES_FOLDER
+    folder.mkdir(exist_ok=True)
+    content = [{"prompt": prompt, "text": text} for prompt, text in samples]
+    replace_file(folder / f"step_{step}.json", to_json({"step": step, "samples": content}))
+
+
+def add_incident(run: Path, step: int, kind: str, message: str) -> None:
+    """Appends one line to incidents.jsonl."""
+    line = json.dumps({"step": step, "kind": kind, "message": message}) + "\n"
+    with (run / INCIDENTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,113 @@
+"""What is measured on held-out text while a run trains, and the samples it writes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from meshlm.core.errors import UsageError
+from meshlm.data.loader import eval_batches
+from meshlm.data.store import TokenStore
+from meshlm.data.tokenizer import Tokenizer
+from meshlm.generation import DecodeModel, Generator, SamplingConfig
+from meshlm.model.params import Params
+from meshlm.model.transformer import Compute
+from meshlm.step import StepConfig, eval_step
+from meshlm.training.batches import local_rows, take_rows, to_device
+from meshlm.training.config import RunConfig, TrainConfig
+
+_SAMPLE_TEMPERATURE = 0.8
+_SAMPLE_TOP_P = 0.95
+
+
+class Validator:
+    """Measures the loss on the `val` splits of a run's stores."""
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        record: RunConfig,
+        step_config: StepConfig,
+        mesh: Mesh,
+        max_tokens: int,
+    ) -> None:
+        self._stores = [(s, data) for s, data in zip(stores, record.data, strict=True)]
+        self._record, self._mesh, self._max_tokens = record, mesh, max_tokens
+        self._batch_size = record.batch_size // record.accumulate
+        self._eval = jax.jit(lambda params, batch: eval_step(params, batch, step_config))
+
+    def measure(self, params: Params) -> dict[str, Any]:
+        """Returns val_loss (nats a token), val_perplexity and val_bits_per_byte.
+
+        Several stores share the tokens by their weights. Where no store has held-out text the
+        result is empty.
+        """
+        nll, tokens, size = 0.0, 0, 0
+        for store, data in self._stores:
+            share = max(1, int(self._max_tokens * data.weight))
+            for sums, num_targets, num_bytes in self._batches(params, store, share):
+                nll, tokens, size = nll + float(sums), tokens + num_targets, size + num_bytes
+        if not tokens:
+            return {}
+        loss = nll / tokens
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(min(loss, 700.0)),
+            "val_bits_per_byte": nll / math.log(2) / size if size else None,
+        }
+
+    def _batches(self, params: Params, store: TokenStore, max_tokens: int):
+        first, last = local_rows(self._mesh, self._batch_size)
+        for part in eval_batches(
+            store,
+            "val",
+            seq_len=self._record.seq_len,
+            batch_size=self._batch_size,
+            max_tokens=max_tokens,
+            document_mask=self._record.document_mask,
+        ):
+            local = take_rows(part.batch, first, last)
+            batch = to_device(local, self._mesh, self._batch_size)
+            yield self._eval(params, batch).nll, part.num_targets, part.num_bytes
+
+
+def sample_texts(
+    params: Params,
+    record: RunConfig,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    step: int,
+) -> list[tuple[str, str]]:
+    """Returns pairs of prompt and sampled continuation; the seed is the step. In the run's mesh."""
+    prompts = [tokenizer.encode(prompt) for prompt in config.sample_prompts]
+    model = DecodeModel.prepare(
+        params,
+        record.model,
+        Compute(dtype=record.compute_dtype),
+        allowed_vocab=tokenizer.vocab_size,
+    )
+    generator = Generator(
+        model, end_of_text_id=tokenizer.end_of_text_id, token_bytes=tokenizer.token_bytes
+    )
+    sampling = SamplingConfig(
+        max_tokens=config.sample_tokens,
+        temperature=_SAMPLE_TEMPERATURE,
+        top_p=_SAMPLE_TOP_P,
+        seed=step,
+    )
+    texts = generator.generate(prompts, sampling)
+    return [(p, done[0].text) for p, done in zip(config.sample_prompts, texts, strict=True)]
+
+
+def check_sample_prompts(config: TrainConfig, record: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises UsageError where a prompt and its sample do not fit the context together."""
+    context = record.model.context_length
+    for prompt in config.sample_prompts:
+        length = len(tokenizer.encode(prompt))
+        if config.sample_every and length + config.sample_tokens > context:
+            raise UsageError(
+                f"--sample-prompts: {prompt[:40]!r} has {length} tokens, and with --sample-tokens "
+                f"{config.sample_tokens} they do not fit the context of {context}: shorten either"
+            )
