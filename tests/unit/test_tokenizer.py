@@ -25,13 +25,9 @@ from meshlm.data.tokenizer import (
 
 TEXTS = ["def is_even(i):\n    return i % 2 == 0\n" * 9, "the cat sat on the mat; the end. " * 9]
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=200)
-MIXED = st.lists(
-    st.sampled_from(
-        ["<|endoftext|>", "   ", "\n\n", "\t", "'s", "'ll", "don't", "漢字", "é", "e\u0301", "🤖"]
-        + ["\u3000", "\x1c", "\x85", "\u200b", "\u2028", "123", "½", "a", "!!", "\r\n", "\0", "٣"]
-    ),
-    max_size=40,
-).map("".join)
+ODD = ["<|endoftext|>", "   ", "\n\n", "\t", "'s", "'ll", "don't", "漢字", "é", "e\u0301", "🤖"]
+ODD += ["\u3000", "\x1c", "\x85", "\u200b", "\u2028", "123", "½", "a", "!!", "\r\n", "\0", "٣"]
+MIXED = st.lists(st.sampled_from(ODD), max_size=40).map("".join)
 
 
 @pytest.fixture(scope="module")

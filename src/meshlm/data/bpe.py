@@ -50,6 +50,7 @@ ids.
 Source: GPT-2, encoder.py, bytes_to_unicode.
 """
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+_TO_LATIN1 = {ord(character): byte for character, byte in CHARACTER_TO_BYTE.items()}
 
 
 def load_gpt2_merges() -> list[Merge]:
@@ -70,8 +71,8 @@ def load_gpt2_merges() -> list[Merge]:
 
 
 def to_bytes(token: str) -> bytes:
-    """The bytes that a vocabulary entry stands for. Raises KeyError outside the byte alphabet."""
-    return bytes(CHARACTER_TO_BYTE[character] for character in token)
+    """The bytes that a vocabulary entry, in the byte alphabet, stands for."""
+    return token.translate(_TO_LATIN1).encode("latin-1")
 
 
 class Engine(Protocol):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from tyro.conf import Positional
 
 from meshlm.data.store import SPLITS, Counts, SplitCounts, TokenStore
 
@@ -15,7 +16,7 @@ _SHOWN_SOURCES = 10
 class InspectConfig:
     """Show what a token store holds: counts, sources, sample text."""
 
-    path: str
+    path: Positional[str]
     """Folder of the token store."""
     samples: int = 3
     """Documents of each split to show the beginning of."""
@@ -83,11 +84,13 @@ def _both(counts: SplitCounts) -> Counts:
 
 
 def _counts(counts: Counts) -> str:
-    per_token = f", {counts.num_bytes / counts.num_tokens:.2f} bytes/token"
-    return (
+    line = (
         f"{counts.num_tokens:,} tokens, {counts.num_documents:,} documents, "
-        f"{counts.num_bytes:,} bytes{per_token if counts.num_tokens else ''}"
+        f"{counts.num_bytes:,} bytes"
     )
+    if not counts.num_tokens:
+        return line
+    return f"{line}, {counts.num_bytes / counts.num_tokens:.2f} bytes/token"
 
 
 def _by_name(title: str, counts: dict[str, Counts]) -> list[str]:

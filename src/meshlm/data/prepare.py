@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from tyro.conf import Positional
 
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.data.batches import Batch, check_ended, read_batches
@@ -60,7 +61,7 @@ _SHORT_TOKENS = 2049
 class PrepareConfig:
     """Turn text into a token store, which `meshlm train` reads."""
 
-    paths: tuple[str, ...]
+    paths: Positional[tuple[str, ...]]
     """Files, folders, patterns: text, .jsonl, .parquet, .tar, and these in .gz, .xz or .zst."""
     out: str
     """Folder of the token store."""
@@ -100,6 +101,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
         UsageError: a path or option is wrong, or another store is there already.
         BadInputError: the input cannot be used, or changed since the work began.
         BusyError: another process makes this store.
+        MeshLMError: the disk is full, or a worker was killed; the same call goes on.
         StoppedError: SIGTERM or SIGINT; the same call goes on.
     """
     console = console or Console(quiet=True)
@@ -115,6 +117,24 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
         inputs=[(file.path, file.size_bytes) for file in inputs],
     )
     _check_folder(out)
+    try:
+        return _make(config, inputs, plan, given, size, out, console)
+    except OSError as error:
+        raise MeshLMError(
+            f"{out}: cannot write there ({error.strerror}): "
+            "make room, then run the same command again"
+        ) from error
+
+
+def _make(
+    config: PrepareConfig,
+    inputs: Sequence[InputFile],
+    plan: Plan,
+    given: Tokenizer | None,
+    vocab_size: int | None,
+    out: Path,
+    console: Console,
+) -> Manifest:
     with Workspace(out) as workspace, _stopped_by_signals():
         finished = None if config.force else _finished(plan, out)
         if finished:
@@ -125,7 +145,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
         ready = workspace.path / MANIFEST
         if not ready.exists():
             work = _Preparation(config, inputs, workspace, console)
-            manifest = work.run(plan, given, size)
+            manifest = work.run(plan, given, vocab_size)
             write_durably(ready, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
         return _publish(out, workspace)
 

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.data.tokenizer import Tokenizer, from_json
+from meshlm.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "meshlm-token-store"
 VERSION = 1
@@ -154,7 +154,7 @@ class TokenStore:
             if size != entry.num_bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise _damaged(path / name, f"{found}, the manifest says {entry.num_bytes}")
-        tokenizer = from_json((path / TOKENIZER).read_bytes())
+        tokenizer = load_tokenizer(path / TOKENIZER)
         if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
             raise _damaged(path / TOKENIZER, "not the tokenizer that the manifest names")
         return cls(path, manifest, tokenizer)

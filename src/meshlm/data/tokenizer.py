@@ -198,6 +198,8 @@ def from_json(data: bytes) -> Tokenizer:
         normaliser, a
             prefix space), or without `<|endoftext|>`.
     """
+    if hashlib.sha256(data).hexdigest() == GPT2_FINGERPRINT:
+        return load_gpt2()
     try:
         loaded = json.loads(data)
     except (ValueError, RecursionError) as error:
