@@ -98,8 +98,6 @@ def forward_cached(
     layers = []
     for block, layer_cache in zip(params.blocks, cache.layers, strict=True):
         x_BTD, updated = _block(
-            # LEAD, please change: JAX 0.12 drops the sharding of x[:, 0] where B is 1, so one prompt on a
-            # mesh fails in `extend`. Write reshard(positions_BT[:, 0], "batch"). (from generation)
             x_BTD,
             block,
             config,
