@@ -126,6 +126,10 @@ def _kill_and_go_on(folder: Path, workers: int, tokenizer: str, corpus: Path, ki
             if is_patient and written.stat().st_size > size + 300:
                 until_s = time.monotonic() + dice.uniform(0, 0.1)
             time.sleep(0.002)
+        if process.poll() is not None:  # it ended before the kill came
+            _, errors = process.communicate()
+            assert (process.returncode, errors) == (0, "")
+            break
         children = psutil.Process(process.pid).children()
         process.kill()
         process.wait()
@@ -189,6 +193,24 @@ def test_stopped_at_every_durable_step(corpus, expected, tmp_path, monkeypatch, 
     assert step > 3
     monkeypatch.undo()
     assert contents(tmp_path / "out") == expected[tokenizer]
+
+
+def test_stopped_again_and_again_when_all_but_the_manifest_is_there(
+    corpus, expected, tmp_path, monkeypatch
+):
+    """A regression: the second stop there once made the third run begin anew, behind what was
+    there."""
+
+    def stop(*_):
+        raise _KilledError
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare._Preparation, "_check_result", stop)
+            with pytest.raises(_KilledError):
+                run([corpus], tmp_path / "out", workers=1, val_fraction=0.1)
+    run([corpus], tmp_path / "out", workers=1, val_fraction=0.1)
+    assert contents(tmp_path / "out") == expected["gpt2"]
 
 
 def test_a_damaged_or_foreign_journal_is_named(corpus, tmp_path):

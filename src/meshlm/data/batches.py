@@ -66,7 +66,9 @@ def read_batches(
         batch.position = Position(source=source + 1)
         done_bytes += whole.num_bytes
         batch.done_bytes = done_bytes
-    yield batch
+    if batch.ended:  # an empty batch would have no position: with all files read there is nothing
+    to add
+        yield batch
 
 
 def check_ended(inputs: Sequence[InputFile], totals: Totals, *, allow_truncated: bool) -> None:
