@@ -66,8 +66,8 @@ def read_batches(
         batch.position = Position(source=source + 1)
         done_bytes += whole.num_bytes
         batch.done_bytes = done_bytes
-    if batch.ended:  # an empty batch would have no position: with all files read there is nothing
-    to add
+    # With all files read there is nothing to add, and an empty batch would lead back to the start.
+    if batch.ended:
         yield batch
 
 
