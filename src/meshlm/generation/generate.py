@@ -95,7 +95,8 @@ class Generator:
     ) -> None:
         """Generates until all rows are done; they are decoded together."""
         model = self._model
-        num_rows = row_bucket(len(rows), model.batch_shards, MIN_DECODE_ROWS)
+        least = MIN_DECODE_ROWS[model.shape.compute.dtype]
+        num_rows = row_bucket(len(rows), model.batch_shards, least)
         state = self._prefill(rows, num_rows)
         options = _row_options(rows, num_rows, sampling, model.shape.config.vocab_size)
         end_token = -1 if sampling.ignore_end_of_text else self._end_of_text_id
