@@ -76,7 +76,9 @@ class Totals:
 
     def add(self, other: "Totals") -> None:
         """Adds what came after this."""
-        self.position = other.position
+        before, after = self.position, other.position
+        assert (before.source, before.num_records) <= (after.source, after.num_records)
+        self.position = after
         for source, splits in other.sources.items():
             for split, counts in splits.items():
                 add_counts(self.sources, source, split, counts)
@@ -215,7 +217,7 @@ class Appender:
             BadInputError: a file is shorter than that.
         """
         self.totals = totals
-        self._since = Totals()
+        self._since = Totals(position=self.totals.position)
         self._files: dict[str, BinaryIO] = {}
         self._num_tokens: dict[str, int] = {}
         for split, counts in split_counts(totals.sources).items():
@@ -248,7 +250,7 @@ class Appender:
         self._journal.write(msgspec.json.encode(self._since) + b"\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
-        self._since = Totals()
+        self._since = Totals(position=self.totals.position)
 
     def close(self) -> None:
         """Closes the files; what was not flushed is made again next time."""
