@@ -245,7 +245,7 @@ def load(
         UsageError: there is no run or checkpoint at this path.
         BadInputError: the checkpoint is damaged, or its files do not fit each other.
     """
-    step_folder = _find_checkpoint(Path(path))
+    step_folder, is_checked = _find_checkpoint(Path(path))
     files = checkpoint.read_files(step_folder)
     for name in ("config.json", "tokenizer.json"):
         if name not in files:
@@ -255,7 +255,7 @@ def load(
         mesh_config = mesh or MeshConfig()
         check_divides(record.model, mesh_config)
         mesh = make_mesh(mesh_config)
-    params = _load_params(step_folder, record.model, mesh)
+    params = _load_params(step_folder, record.model, mesh, check=not is_checked)
     if dtype is not None:
         params = cast_floating(params, jnp.dtype(dtype))
     stored = jnp.dtype(params.head.dtype).name
@@ -263,20 +263,21 @@ def load(
     return Model(params, record.model, tokenizers.from_json(files["tokenizer.json"]), compute, mesh)
 
 
-def _find_checkpoint(path: Path) -> Path:
+def _find_checkpoint(path: Path) -> tuple[Path, bool]:
+    """Returns the checkpoint's folder, and whether all its bytes were checked to find it."""
     if not path.exists():
         raise UsageError(f"{path}: there is nothing at this path")
     if checkpoint.step_of(path) is not None or (path / "arrays").exists():
-        return path
+        return path, False
     folder = path / CHECKPOINTS_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
     found = checkpoint.latest_good(folder) if folder.is_dir() else None
     if found is None:
         raise UsageError(f"{path} holds no finished checkpoint: give a run or a step_N folder")
-    return found
+    return found, True
 
 
-def _load_params(step_folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
+def _load_params(step_folder: Path, config: ModelConfig, mesh: Mesh, *, check: bool) -> Params:
     abstract = abstract_params(config, mesh)
     named = {_PARAMS + name: leaf for name, leaf in to_named(abstract).items()}
-    arrays = checkpoint.restore(step_folder, named, subset=True)
+    arrays = checkpoint.restore(step_folder, named, subset=True, check=check)
     return from_named(abstract, {name.removeprefix(_PARAMS): a for name, a in arrays.items()})

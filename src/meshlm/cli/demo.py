@@ -3,7 +3,12 @@
 from meshlm.demo import DemoConfig as Config
 from meshlm.demo import demo
 
-__all__ = ["Config", "run"]
+__all__ = ["EXAMPLES", "Config", "run"]
+
+EXAMPLES = (
+    "meshlm demo",
+    "meshlm demo --minutes 10 --out my-demo",
+)
 
 
 def run(config: Config) -> None:

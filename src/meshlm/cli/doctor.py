@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 from meshlm.doctor import diagnose, render
 
+EXAMPLES = (
+    "meshlm doctor",
+    "meshlm doctor --json",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -1,6 +1,7 @@
 """meshlm generate"""
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,12 @@ from meshlm.api import load
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation import Generation, SamplingConfig
+
+EXAMPLES = (
+    'meshlm generate runs/first --prompt "def is_even(i):"',
+    "meshlm generate runs/first --prompt-file - --max-tokens 200 --top-p 0.9 < question.txt",
+    'meshlm generate runs/first/checkpoints/step_2000 --prompt "Once" -n 4 --seed 7 --json',
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +61,9 @@ class Config:
 def run(config: Config) -> None:
     """Prints the prompt and what comes after it, as it is made."""
     prompt = _prompt(config)
-    model = load(config.path, dtype=config.dtype, mesh=config.mesh)
     shared = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(Config)}
     sampling = SamplingConfig(**{name: getattr(config, name) for name in shared})
+    model = load(config.path, dtype=config.dtype, mesh=config.mesh)
     streams = config.n == 1 and not config.json and config.logprobs is None
     if streams:
         _write(prompt)
@@ -72,17 +79,23 @@ def run(config: Config) -> None:
 def _prompt(config: Config) -> str:
     if (config.prompt is None) == (config.prompt_file is None):
         raise UsageError("give either --prompt TEXT or --prompt-file FILE")
-    if config.prompt is not None:
-        return config.prompt
-    assert config.prompt_file is not None
+    if config.prompt_file is None:
+        assert config.prompt is not None
+        # Bytes of the command line that are no UTF-8 come as lone surrogates.
+        return _decode(os.fsencode(config.prompt), "--prompt")
     if str(config.prompt_file) == "-":
-        return sys.stdin.read()
+        return _decode(sys.stdin.buffer.read(), "standard input")
     try:
-        return config.prompt_file.read_text(encoding="utf-8")
+        return _decode(config.prompt_file.read_bytes(), f"--prompt-file {config.prompt_file}")
     except OSError as error:
         raise UsageError(f"--prompt-file {config.prompt_file}: {error.strerror}") from None
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--prompt-file {config.prompt_file} is not UTF-8: {error}") from None
+        raise UsageError(f"{what} is not UTF-8: {error}") from None
 
 
 def _write(text: str) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
+from meshlm.cli.help import command_help
 from meshlm.cli.parse import parse
 from meshlm.core.errors import MeshLMError, StoppedError, UsageError
 
@@ -20,7 +21,7 @@ _HELP = ("-h", "--help")
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its words, and the module in meshlm.cli with its `Config` and `run`."""
+    """One command: its words, and the module in meshlm.cli with `Config`, `run`, `EXAMPLES`."""
 
     words: str
     module: str
@@ -55,10 +56,14 @@ def _run(words: list[str]) -> int:
         print(f"meshlm {version('meshlm')}")
         return 0
     command, rest = _find(words)
+    # From the first moment on: what can be saved is saved by the command's own handler.
+    signal.signal(signal.SIGTERM, _stop)
     module = importlib.import_module(f"meshlm.cli.{command.module}")
-    config = parse(module.Config, rest, prog=f"meshlm {command.words}")
-    signal.signal(signal.SIGTERM, _stopped_before_it_began)
-    return module.run(config) or 0
+    prog = f"meshlm {command.words}"
+    if any(word in _HELP for word in rest):
+        print(command_help(module.Config, prog, module.EXAMPLES))
+        return 0
+    return module.run(parse(module.Config, rest, prog)) or 0
 
 
 def _find(words: list[str]) -> tuple[Command, list[str]]:
@@ -108,7 +113,7 @@ def _guarded(work: Callable[[], int], verbose: bool) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130, verbose)
     except BrokenPipeError:
-        # The reader of our output went away; nothing more can be said to it.
+        # The reader of our output went away: nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -117,7 +122,7 @@ def _guarded(work: Callable[[], int], verbose: bool) -> int:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        line = str(error).strip().split("\n")[0]
+        line = (str(error).strip() or "no reason given").split("\n")[0]
         return _fail(f"{type(error).__name__}: {line} (--verbose shows where)", 1, False)
 
 
@@ -128,5 +133,5 @@ def _fail(message: str, exit_code: int, verbose: bool) -> int:
     return exit_code
 
 
-def _stopped_before_it_began(number: int, frame: FrameType | None) -> Any:
-    raise StoppedError("stopped by SIGTERM before anything was to be saved", 75)
+def _stop(number: int, frame: FrameType | None) -> Any:
+    raise StoppedError("stopped by SIGTERM", 75)

@@ -5,76 +5,80 @@ version of tyro is pinned exactly; the tests of this module hold what is used of
 """
 
 import difflib
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors
 
+from meshlm.cli.options import PARSER_CONFIG, Option, options_of, sort_words
 from meshlm.core.errors import UsageError
 
 T = TypeVar("T")
 
 
-def parse(config: type[T], arguments: Sequence[str], prog: str) -> T:
-    """Returns `config` made from the arguments of one command; prints help and exits if asked.
+def parse(config: type[T], words: Sequence[str], prog: str) -> T:
+    """Returns `config` made from the words after the command `prog`.
 
     Raises:
         UsageError: an option is unknown, missing or has a value that it cannot take.
     """
-    known = option_names(config)
-    arguments = list(arguments)
-    unknown = [word for word in arguments if _is_unknown(word, known)]
-    if unknown:
-        option = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(option, known, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"see `{prog} --help`"
-        raise UsageError(f"unknown option {option}: {hint}")
-    with tyro_errors.on_parse_error(lambda event: _refuse(event, arguments)):
-        return tyro.cli(config, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,))
+    see = f"see `{prog} --help`"
+    options = options_of(config)
+    positional, values = sort_words(options, words, see)
+    arguments = list(positional)
+    for name, given in values.items():
+        # After `=` tyro takes any value as it is, one that begins with a dash too.
+        arguments += [f"{name}={given[0]}"] if len(given) == 1 else [name, *given]
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
+        raise UsageError(_describe(event, options, values, see))
+
+    with tyro_errors.on_parse_error(refuse):
+        return tyro.cli(config, args=arguments, prog=prog, config=PARSER_CONFIG)
 
 
-def option_names(config: type[Any]) -> list[str]:
-    """Returns the options of a command, such as `--batch-size` and `--mesh.data`."""
-    parser = tyro.extras.get_parser(config, config=(tyro.conf.FlagConversionOff,))
-    names = [name for action in parser._actions for name in action.option_strings]
-    return sorted(names)
-
-
-def _is_unknown(word: str, known: Sequence[str]) -> bool:
-    option = word.partition("=")[0].replace("_", "-")
-    return option.startswith("--") and len(option) > 2 and option not in known
-
-
-def _refuse(event: tyro_errors.ParseErrorEvent, arguments: Sequence[str]) -> NoReturn:
-    raise UsageError(_describe(event))
-
-
-def _describe(event: tyro_errors.ParseErrorEvent) -> str:
-    see = f"see `{event.prog} --help`"
+def _describe(
+    event: tyro_errors.ParseErrorEvent,
+    options: Sequence[Option],
+    values: Mapping[str, Sequence[str]],
+    see: str,
+) -> str:
     if isinstance(event, tyro_errors.MissingArgs):
-        names = [
-            arg.arg.lowered.name_or_flags or (arg.arg.lowered.metavar,)
-            for arg in event.missing_arguments
-        ]
-        missing = ", ".join(str(name[-1]) for name in names)
-        return f"missing {missing}: {see}"
+        missing = [_name(found.arg) for found in event.missing_arguments]
+        return f"missing {' and '.join(missing)}: {see}"
     if isinstance(event, tyro_errors.InvalidChoice):
-        near = difflib.get_close_matches(event.value, event.choices, 1, 0.5)
+        choices = sorted(choice for choice in event.choices if choice != "None")
+        near = difflib.get_close_matches(event.value, choices, 1, 0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        choices = ", ".join(event.choices)
-        return f"{_name(event.argument)} {event.value}: {hint}choose one of {choices}"
-    if isinstance(event, tyro_errors.BadValue):
-        return f"{_name(event.argument)} has no value: {see}"
+        return f"{_name(event.argument)} {event.value}: {hint}choose one of {', '.join(choices)}"
     if isinstance(event, tyro_errors.UnrecognizedArgs):
         return f"unexpected {' '.join(event.tokens)}: {see}"
     if isinstance(event, tyro_errors.InstantiationFailure):
-        if event.argument is None:
-            return event.message
-        return f"{_name(event.argument)}: {event.message}"
+        return _describe_value(event, options, values)
     return f"the command line cannot be read: {see}"
 
 
-def _name(argument: Any) -> str:
+def _describe_value(
+    event: tyro_errors.InstantiationFailure,
+    options: Sequence[Option],
+    values: Mapping[str, Sequence[str]],
+) -> str:
+    message = " ".join(event.message.split())
+    if event.argument is None:  # the dataclass itself refused, in words for a person
+        return message
+    name = _name(event.argument)
+    wanted = {"INT": "a whole number", "FLOAT": "a number"}
+    value = next((option.value for option in options if option.name == name), "")
+    if value not in wanted:
+        return f"{name}: {message}"
+    return f"{name} {' '.join(values.get(name, ()))}: give {wanted[value]}"
+
+
+def _name(argument: tyro._arguments.ArgumentDefinition) -> str:
     names = argument.lowered.name_or_flags
-    return str(names[-1] if names else argument.lowered.metavar)
+    return str(names[-1]) if names and names[-1].startswith("-") else _positional_name(argument)
+
+
+def _positional_name(argument: tyro._arguments.ArgumentDefinition) -> str:
+    return argument.field.intern_name.upper()

@@ -3,7 +3,14 @@
 from meshlm.training.config import TrainConfig as Config
 from meshlm.training.loop import train
 
-__all__ = ["Config", "run"]
+__all__ = ["EXAMPLES", "Config", "run"]
+
+EXAMPLES = (
+    "meshlm train --run runs/first --data store --preset demo --steps 2000",
+    "meshlm train --run runs/first --steps 4000                        # goes on",
+    "meshlm train --run runs/mix --data code=0.7 prose=0.3 --preset 125m --batch-size 32",
+    "meshlm train --run runs/pod --data store --preset gpt-j-6b --mesh.data 8 --mesh.model 8",
+)
 
 
 def run(config: Config) -> None:

@@ -5,11 +5,18 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from meshlm.checkpoint import complete_steps, step_path, verify
+from meshlm.checkpoint import step_path, verify
+from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.store import verify_store
 from meshlm.training.run_folder import CHECKPOINTS_FOLDER, read_config
+
+EXAMPLES = (
+    "meshlm verify runs/first",
+    "meshlm verify runs/first/checkpoints/step_2000",
+    "meshlm verify store",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,7 @@ def _checkpoints(path: Path) -> list[Path] | None:
     if (path / CHECKPOINTS_FOLDER).is_dir():
         read_config(path)
         path = path / CHECKPOINTS_FOLDER
-    steps = complete_steps(path) if path.is_dir() else []
+    steps = steps_in(path)
     if steps:
         return [step_path(path, step) for step in steps]
     if path.name == CHECKPOINTS_FOLDER:

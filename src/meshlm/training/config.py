@@ -6,6 +6,8 @@ must be what the run has.
 """
 
 import dataclasses
+import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,15 +82,41 @@ class TrainConfig:
     """Tokens of one sample."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulate", "vocab_size"):
+        for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{_flag(name)} {value}: give 1 or more")
-        for name in ("checkpoint_every", "keep", "eval_every", "eval_tokens", "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{_flag(name)} {getattr(self, name)}: give 1 or more")
-        if self.sample_every < 0:
-            raise UsageError(f"--sample-every {self.sample_every}: give 0 (off) or more")
+            if value is not None and not least <= value <= most:
+                wanted = f"{least} or more" if value < least else f"{most} or less"
+                raise UsageError(f"--{_flag(name)} {value}: give {wanted}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UsageError(f"--{_flag(name)} {value:g}: give 0 or more, and finite")
+        if self.clip_norm == 0:
+            raise UsageError("--clip-norm 0: give more than 0; 1e9 turns clipping off")
+        if self.sample_every and not self.sample_prompts:
+            raise UsageError("--sample-prompts is empty: give a text, or --sample-every 0")
+
+
+# What the devices count with: a step is an int32, a seed a uint32.
+_MOST = 2**31 - 1
+_WHOLE_NUMBERS = {
+    "steps": (1, _MOST),
+    "batch_size": (1, _MOST),
+    "seq_len": (1, _MOST),
+    "seed": (0, 2**32 - 1),
+    "vocab_size": (1, _MOST),
+    "warmup_steps": (0, _MOST),
+    "anneal_steps": (0, _MOST),
+    "accumulate": (1, _MOST),
+    "checkpoint_every": (1, _MOST),
+    "keep": (1, _MOST),
+    "keep_every": (1, _MOST),
+    "eval_every": (1, _MOST),
+    "eval_tokens": (1, _MOST),
+    "sample_every": (0, _MOST),
+    "sample_tokens": (1, _MOST),
+}
+_NUMBERS = ("learning_rate", "end_learning_rate", "weight_decay", "clip_norm", "z_loss")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +200,9 @@ def new_run(
     given = _given(config, _DEFAULTS)
     preset = given["preset"]
     if preset not in PRESETS:
-        raise UsageError(f"--preset {preset} is not known: choose one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(preset, PRESETS, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"--preset {preset}: {hint}choose one of {', '.join(PRESETS)}")
     vocab_size = config.vocab_size or vocab_rows(tokenizer_size)
     if vocab_size < tokenizer_size:
         raise UsageError(
@@ -219,9 +249,11 @@ def _new_optimizer(config: TrainConfig, model: ModelConfig, steps: int) -> Optim
 
 
 def continued_run(
-    config: TrainConfig, record: RunConfig, stores: tuple[StoreRecord, ...] | None
+    config: TrainConfig, record: RunConfig, stores: tuple[StoreRecord, ...]
 ) -> RunConfig:
     """Returns the record of a run that goes on: its own, with the steps now asked for.
+
+    The stores may lie elsewhere than before, if they are the same.
 
     Raises:
         UsageError: an option is given that would change the run's past; both values are named.
@@ -233,9 +265,33 @@ def continued_run(
         now = getattr(config, name)
         if name != "steps" and now is not None and now != past[name]:
             _refuse(config.run, _flag(name), past[name], now)
-    if stores is not None:
-        _check_same_stores(config.run, record.data, stores)
-    return dataclasses.replace(record, steps=config.steps or record.steps)
+    _check_same_stores(config.run, record.data, stores)
+    return dataclasses.replace(record, data=stores, steps=config.steps or record.steps)
+
+
+def first_difference(record: RunConfig, other: RunConfig) -> str | None:
+    """Returns the path and both values of the first setting that makes two pasts differ, or None.
+
+    Steps to do and the places of the stores make none.
+    """
+    return _first_difference(_past(record), _past(other), "")
+
+
+def _past(record: RunConfig) -> dict[str, Any]:
+    past = to_dict(record)
+    del past["steps"]
+    return {**past, "data": [(s.weight, s.fingerprint) for s in record.data]}
+
+
+def _first_difference(one: dict[str, Any], other: dict[str, Any], prefix: str) -> str | None:
+    for name, value in one.items():
+        if isinstance(value, dict):
+            inner = _first_difference(value, other[name], f"{prefix}{name}.")
+            if inner is not None:
+                return inner
+        elif value != other[name]:
+            return f"{prefix}{name} is {value} and {other[name]}"
+    return None
 
 
 def _check_same_stores(

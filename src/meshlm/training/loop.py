@@ -5,13 +5,20 @@ import dataclasses
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 
-from meshlm.checkpoint import Checkpointer, check_free_disk, restore_latest, step_path
-from meshlm.core.errors import MeshLMError, StoppedError, UsageError
+from meshlm.checkpoint import (
+    Checkpointer,
+    Restored,
+    check_free_disk,
+    restore_latest,
+    step_path,
+)
+from meshlm.checkpoint.folder import ARRAYS_NAME, steps_in
+from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import device_facts
 from meshlm.core.sharding import make_mesh
 from meshlm.core.tree import from_named, to_named
@@ -33,9 +40,11 @@ from meshlm.training.config import (
     TrainConfig,
     check_batch,
     continued_run,
+    first_difference,
     new_run,
 )
 from meshlm.training.lock import LOCK_NAME, RunLock
+from meshlm.training.memory import check_memory
 from meshlm.training.metrics import (
     MetricsLog,
     NoiseScale,
@@ -47,7 +56,9 @@ from meshlm.training.progress import TrainingProgress
 from meshlm.training.report import write_report
 from meshlm.training.run_folder import (
     CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
     add_incident,
+    parse_config,
     read_config,
     write_config,
     write_samples,
@@ -57,6 +68,10 @@ from meshlm.training.signals import StopSignals
 from meshlm.training.validation import Validator, check_sample_prompts, sample_texts
 
 _MAX_SKIPPED_IN_A_ROW = 10
+# The checks of the disk look so far into the run: enough for any --keep that fits.
+_MOST_SAVES_AHEAD = 1000
+# What a run that was killed at its very beginning leaves.
+_BEFORE_CONFIG = (LOCK_NAME, f"{CONFIG_FILE}.partial")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +97,10 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """
     console = console or Console()
     _refuse_foreign_folder(config.run)
+    if not config.run.exists():
+        _resolve(config)  # so that a mistake leaves no folder behind
     with RunLock(config.run):
-        record, stores = _resolve(config)
-        check_batch(record, config.mesh)
-        mesh = make_mesh(config.mesh)
+        record, stores, mesh = _resolve(config)
         with jax.set_mesh(mesh):
             return _Run(config, record, stores, mesh, console).train()
 
@@ -93,17 +108,21 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 def _refuse_foreign_folder(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise UsageError(f"--run {run} is a file: give a folder")
-    if not run.exists() or (run / "config.json").exists():
+    if not run.exists():
         return
-    others = sorted(p.name for p in run.iterdir() if p.name not in (LOCK_NAME, "log.txt"))
+    if (run / ARRAYS_NAME).exists():
+        raise UsageError(f"--run {run} is a checkpoint: give the folder of its run")
+    if (run / CONFIG_FILE).exists():
+        return
+    others = sorted(p.name for p in run.iterdir() if p.name not in _BEFORE_CONFIG)
     if others:
         raise UsageError(
             f"--run {run} is no run and not empty (it holds {others[0]}): give another folder"
         )
 
 
-def _resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore]]:
-    """Returns the run's record, new or continued, and its opened stores."""
+def _resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.sharding.Mesh]:
+    """Returns the run's record, new or continued, its opened stores, and the mesh to train on."""
     before = read_config(config.run)
     if config.data is None and before is None:
         raise UsageError("--data is missing: give a token store (meshlm data prepare makes one)")
@@ -117,10 +136,26 @@ def _resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore]]:
         StoreRecord(path=str(path.absolute()), weight=weight, fingerprint=store.fingerprint)
         for (path, weight), store in zip(mixture, stores, strict=True)
     )
-    if before is not None:
-        return continued_run(config, before, records), stores
-    tokenizer = stores[0].tokenizer
-    return new_run(config, records, tokenizer.fingerprint, tokenizer.vocab_size), stores
+    if before is None:
+        tokenizer = stores[0].tokenizer
+        record = new_run(config, records, tokenizer.fingerprint, tokenizer.vocab_size)
+    else:
+        record = continued_run(config, before, records)
+    check_batch(record, config.mesh)
+    mesh = make_mesh(config.mesh)
+    check_memory(record, config.mesh)
+    return record, stores, mesh
+
+
+class _Pending(NamedTuple):
+    """A step that was sent to the devices and whose line is not written yet."""
+
+    step: int
+    metrics: StepMetrics
+    began_s: float
+    waited_s: float
+    done_s: float | None
+    """When it was done, where that was seen when it was sent."""
 
 
 class _Run:
@@ -157,13 +192,15 @@ class _Run:
         devices = config.mesh.num_devices
         self.peak_flops = None if facts.peak_flops is None else facts.peak_flops * devices
         self.last_line: dict[str, Any] = {}
+        self.last_done_s = 0.0
+        self.passed_over: str | None = None
 
     def train(self) -> TrainResult:
         """Restores or begins, trains to the end, and leaves a report."""
         state, start = self._restore()
         self._check_disk(start)
         config_json = write_config(self.config.run, self.record, self.config)
-        self.files = {"config.json": config_json, "tokenizer.json": self.tokenizer.to_json()}
+        self.files = {CONFIG_FILE: config_json, "tokenizer.json": self.tokenizer.to_json()}
         log = MetricsLog(self.config.run, resume_step=start or None)
         progress = TrainingProgress(
             self.config.run, self.console, start=start, total=self.record.steps
@@ -193,15 +230,33 @@ class _Run:
             seed = self.record.seed
             return jax.jit(lambda: init_state(self.step_config, seed))(), 0
         self.noise = saved_noise(restored.files, str(restored.path))
+        self._refuse_other_past(restored)
+        later = [step for step in steps_in(self.checkpoints) if step > restored.step]
+        if later:
+            self.passed_over = (
+                f"checkpoints of steps {', '.join(map(str, later))} are damaged: going on from "
+                f"step {restored.step}"
+            )
         return from_named(self.abstract, restored.arrays), restored.step
+
+    def _refuse_other_past(self, restored: Restored) -> None:
+        where = restored.path / CONFIG_FILE
+        difference = first_difference(
+            parse_config(restored.files[CONFIG_FILE], str(where)), self.record
+        )
+        if difference is not None:
+            raise BadInputError(
+                f"{difference} in {where} and in {self.config.run / CONFIG_FILE}: one of them was "
+                "changed; copy the first over the second to go on as the checkpoint was trained"
+            )
 
     def _check_disk(self, start: int) -> None:
         every, last = self.config.checkpoint_every, self.record.steps
-        first = (start // every + 1) * every
+        saves = range((start // every + 1) * every, last, every)[:_MOST_SAVES_AHEAD]
         check_free_disk(
             self.checkpoints,
             to_named(self.abstract),
-            [*range(first, last, every), *([last] if last > start else [])],
+            [*saves, *([last] if last > start else [])],
             keep=self.config.keep,
             keep_every=self.config.keep_every,
         )
@@ -228,6 +283,9 @@ class _Run:
         self.progress.say(
             f"data: {sum(self.source.num_windows):,} sequences, {epochs:,.2f} times over"
         )
+        if self.passed_over:
+            self.progress.say(self.passed_over)
+            add_incident(self.config.run, start, "damaged", self.passed_over)
         if start:
             self.progress.say(f"resumed from {step_path(self.checkpoints, start)}")
             add_incident(self.config.run, start, "resumed", f"resumed from step {start}")
@@ -239,23 +297,24 @@ class _Run:
     def _loop(self, state: TrainState, start: int, signals: StopSignals) -> int:
         """Trains from `start` on; reads the metrics of a step once the next one is under way."""
         step_function = compile_train_step(self.step_config)
-        self.mark_s = time.monotonic()
-        pending: tuple[int, StepMetrics, float] | None = None
+        pending: _Pending | None = None
         with contextlib.closing(self._batches(start)) as batches:
             for step in range(start + 1, self.record.steps + 1):
-                waited_s = time.monotonic()
+                began_s = time.monotonic()
                 batch = next(batches)
-                waited_s = time.monotonic() - waited_s
+                waited_s = time.monotonic() - began_s
                 state, metrics = step_function(state, batch)
+                # A CPU may have computed the step before it returned from the call.
+                done_s = time.monotonic() if metrics.loss.is_ready() else None
                 if pending:
-                    self._finish(*pending)
-                pending = (step, metrics, waited_s)
+                    self._finish(pending)
+                pending = _Pending(step, metrics, began_s, waited_s, done_s)
                 if signals.exit_code is not None or self._is_due(step):
-                    self._finish(*pending, state=state)
+                    self._finish(pending, state)
                     pending = None
                 if signals.exit_code is not None:
                     self._stop(state, step, signals.exit_code)
-        self.checkpointer.wait()
+        self._wait_for_save()
         return max(start, self.record.steps)
 
     def _batches(self, start: int) -> Generator[StepBatch, None, None]:
@@ -268,17 +327,15 @@ class _Run:
         intervals = (config.checkpoint_every, config.eval_every, config.sample_every)
         return step == self.record.steps or any(n and step % n == 0 for n in intervals)
 
-    def _finish(
-        self, step: int, metrics: StepMetrics, waited_s: float, state: TrainState | None = None
-    ) -> None:
+    def _finish(self, pending: "_Pending", state: TrainState | None = None) -> None:
         """Writes a step's line; with the state given, also does what is due at this step."""
-        values = self._line(step, jax.device_get(metrics), waited_s)
+        step, metrics = pending.step, jax.device_get(pending.metrics)
+        values = self._line(pending, metrics)
         if state is not None:
             if step % self.config.eval_every == 0 or step == self.record.steps:
                 values |= self.validator.measure(state.params)
             self._write_line(step, values)
             self._save_and_sample(step, state)
-            self.mark_s = time.monotonic()
         else:
             self._write_line(step, values)
         in_a_row = int(metrics.skipped_in_a_row)
@@ -300,9 +357,11 @@ class _Run:
         if values["skipped"]:
             self.progress.say(f"step {step}: loss or gradient not finite, weights left as before")
 
-    def _line(self, step: int, metrics: StepMetrics, waited_s: float) -> dict[str, Any]:
-        now_s = time.monotonic()
-        step_s, self.mark_s = now_s - self.mark_s, now_s
+    def _line(self, pending: "_Pending", metrics: StepMetrics) -> dict[str, Any]:
+        done_s = time.monotonic() if pending.done_s is None else pending.done_s
+        # On an accelerator a step is sent off while the one before it still runs.
+        step_s = done_s - max(pending.began_s, self.last_done_s)
+        self.last_done_s = done_s
         tokens = self.record.batch_size * self.record.seq_len
         self.noise = update_noise_scale(
             self.noise,
@@ -315,10 +374,10 @@ class _Run:
             "loss": _finite(metrics.loss),
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": _finite(metrics.grad_norm),
-            "tokens": step * tokens,
+            "tokens": pending.step * tokens,
             "tokens_per_s": tokens / step_s,
             "step_s": step_s,
-            "data_wait_s": waited_s,
+            "data_wait_s": pending.waited_s,
             "mfu": mfu(tokens / step_s, self.flops_per_token, self.peak_flops),
             "grad_noise_scale": self.noise.value,
             "skipped": int(metrics.skipped_in_a_row > 0),
@@ -341,12 +400,18 @@ class _Run:
             self.checkpointer.save(step, to_named(state), files)
         except MeshLMError as error:
             add_incident(self.config.run, step, "checkpoint failed", str(error))
-            self.progress.say(f"step {step}: {error}; training goes on")
+            self.progress.say(f"step {step}: {error}")
+
+    def _wait_for_save(self) -> None:
+        """Raises MeshLMError where the last save failed: such a run has not ended well."""
+        self.checkpointer.wait()
+        if self.checkpointer.last_error is not None:
+            raise self.checkpointer.last_error
 
     def _stop(self, state: TrainState, step: int, exit_code: int) -> None:
         if step != self.record.steps and step % self.config.checkpoint_every != 0:
             self._save(step, state)
-        self.checkpointer.wait()
+        self._wait_for_save()
         raise StoppedError(
             f"stopped by a signal after step {step}, saved in "
             f"{step_path(self.checkpoints, step)}: run the same command to go on",

@@ -24,7 +24,7 @@ class TrainingProgress:
         self._start, self._total = start, total
         self._loss: float | None = None
         self._line_at_s = 0.0
-        self._began_s = time.monotonic()
+        self._first_done_s: float | None = None
         self._handler = _file_handler(run / "log.txt")
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -77,16 +77,22 @@ class TrainingProgress:
             self._plain_line(step, shown, metrics)
 
     def _plain_line(self, step: int, loss: str, metrics: Mapping[str, Any]) -> None:
-        left_s = (
-            (time.monotonic() - self._began_s) / max(1, step - self._start) * (self._total - step)
-        )
         line = (
-            f"step {step}/{self._total}  loss {loss}  {metrics['tokens_per_s']:,.0f} tok/s  "
-            f"lr {metrics['learning_rate']:.2e}  left {left_s / 60:.1f} min"
+            f"step {step:,}/{self._total:,}  loss {loss}  {metrics['tokens_per_s']:,.0f} tok/s  "
+            f"lr {metrics['learning_rate']:.2e}{self._left(step)}"
         )
         _log.info(line)
         if not self._console.is_terminal:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _left(self, step: int) -> str:
+        """Returns the time left, reckoned from the second step on: the first one compiles."""
+        if self._first_done_s is None:
+            self._first_done_s = time.monotonic()
+            return "  (the first step compiles)"
+        passed_s = time.monotonic() - self._first_done_s
+        left_s = passed_s / max(1, step - self._start - 1) * (self._total - step)
+        return f"  {left_s / 60:,.1f} min left"
 
 
 def _file_handler(path: Path) -> logging.Handler:

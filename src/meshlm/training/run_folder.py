@@ -80,7 +80,9 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise BadInputError(f"{where} is not JSON ({error}): restore it or start anew") from None
+        raise BadInputError(
+            f"{where} is not JSON ({error}): each checkpoint has a copy of it"
+        ) from None
     return read_run_config(content, where)
 
 
