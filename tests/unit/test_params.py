@@ -1,0 +1,178 @@
+"""The parameters: the original's initialisation, alike on every mesh, and which ones decay."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meshlm.core.errors import UsageError
+from meshlm.core.sharding import MeshConfig
+from meshlm.core.tree import to_named
+from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.params import (
+    abstract_params,
+    check_divides,
+    count_params,
+    decay_mask,
+    describe,
+    init_params,
+    unstack_blocks,
+)
+from tiny import CONFIG, DIVISIBLE, assert_trees_identical, draw_params, mesh_of
+
+MATRICES = {
+    "embedding",
+    "head",
+    "blocks.query",
+    "blocks.key",
+    "blocks.value",
+    "blocks.attention_out",
+    "blocks.ff_in",
+    "blocks.ff_out",
+}
+SCALES = {"blocks.norm_scale", "final_norm_scale"}
+# Of a normal cut at two sigma: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)).
+CUT_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+WIDE = ModelConfig(
+    num_layers=8,
+    d_model=64,
+    num_heads=4,
+    head_dim=16,
+    d_ff=256,
+    vocab_size=512,
+    context_length=8,
+    rotary_dim=4,
+)
+
+
+@functools.cache
+def compiled_init(config: ModelConfig):
+    return jax.jit(lambda seed: init_params(config, jax.random.key(seed)))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    params = compiled_init(WIDE)(3)
+    return {name: np.asarray(value, np.float64) for name, value in to_named(params).items()}
+
+
+def wanted_sigma(config: ModelConfig) -> dict[str, float]:
+    """By the original's code: what writes to the residual stream is drawn 2/layers as wide."""
+    read = 1 / math.sqrt(config.d_model)
+    write = 2 / config.num_layers / math.sqrt(config.d_model)
+    sigma = dict.fromkeys(MATRICES, read)
+    sigma |= {"blocks.attention_out": write, "blocks.ff_out": write}
+    return sigma | {"embedding": 1 / math.sqrt(config.vocab_size)}
+
+
+def test_the_cut_normal():
+    assert round(CUT_STD, 4) == 0.8796
+
+
+@pytest.mark.parametrize("name", sorted(MATRICES))
+def test_matrices_are_drawn_from_a_normal_cut_at_two_sigma(drawn, name):
+    sigma, values = wanted_sigma(WIDE)[name], drawn[name]
+    # Five standard errors of the sample's own standard deviation.
+    assert values.std() == pytest.approx(CUT_STD * sigma, rel=5 / math.sqrt(2 * values.size))
+    assert abs(values.mean()) < 5 * sigma / math.sqrt(values.size)
+    assert 1.99 * sigma < np.abs(values).max() <= 2.000001 * sigma
+
+
+def test_gpt_j_6b_is_drawn_as_the_original():
+    found = to_named(jax.tree.map(lambda weight: weight.std, describe(PRESETS["gpt-j-6b"])))
+    published = dict.fromkeys(MATRICES, 0.015625) | {"embedding": 0.004454}
+    published |= {"blocks.attention_out": 0.001116, "blocks.ff_out": 0.001116}
+    assert {name: round(std, 6) for name, std in found.items() if std} == published
+
+
+def test_norms_start_at_one_and_biases_at_zero(drawn):
+    for name in drawn.keys() - MATRICES:
+        assert (drawn[name] == (1.0 if name in SCALES else 0.0)).all(), name
+
+
+def test_no_two_weights_or_layers_are_drawn_alike(drawn):
+    layers = [
+        drawn[name][i] for name in ("blocks.query", "blocks.key", "blocks.value") for i in (0, 7)
+    ]
+    rows = np.stack([layer.ravel() for layer in layers])
+    correlation = np.corrcoef(rows) - np.eye(len(rows))
+    assert np.abs(correlation).max() < 0.1
+    again = to_named(compiled_init(WIDE)(4))
+    assert abs(np.corrcoef(np.ravel(again["head"]), drawn["head"].ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_every_mesh_draws_the_same(sizes):
+    alone = compiled_init(DIVISIBLE)(5)
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda: init_params(DIVISIBLE, jax.random.key(5)))()
+    # XLA's vector code rounds the last bit by the shard's shape.
+    for name, value in to_named(split).items():
+        np.testing.assert_allclose(value, to_named(alone)[name], rtol=1e-6, err_msg=name)
+    # And each weight lives in its shards, not whole on every device.
+    wanted = to_named(abstract_params(DIVISIBLE, mesh))
+    for name, value in to_named(split).items():
+        assert value.sharding.is_equivalent_to(wanted[name].sharding, value.ndim), name
+    shard = split.blocks.ff_in.addressable_shards[0].data
+    assert shard.size * sizes[1] * sizes[2] == split.blocks.ff_in.size
+
+
+def test_decay_pulls_on_matrices_only():
+    assert {name for name, pulled in to_named(decay_mask(CONFIG)).items() if pulled} == MATRICES
+    # A stacked bias has two dims and is no matrix.
+    assert describe(CONFIG).blocks.ff_in_bias.shape == (2, 40)
+
+
+def test_shapes_come_without_memory():
+    config = PRESETS["23b"]
+    shapes = jax.tree.leaves(abstract_params(config, dtype=jnp.bfloat16))
+    assert sum(math.prod(s.shape) for s in shapes) == count_params(config)
+    assert {s.dtype for s in shapes} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_unstacking_gives_each_layer_its_own_arrays():
+    params = draw_params(CONFIG)
+    apart = unstack_blocks(params)
+    assert len(apart.blocks) == CONFIG.num_layers
+    for i, block in enumerate(apart.blocks):
+        assert_trees_identical(block, jax.tree.map(lambda x, i=i: x[i], params.blocks))
+    assert apart.head is params.head
+
+
+@pytest.mark.parametrize(
+    ("mesh", "complaint"),
+    [
+        (MeshConfig(model=3), r"has 4 rows of 'heads'|has 24 rows|has 40 rows of 'ff'"),
+        (MeshConfig(data=5), r"24 rows of"),
+        (MeshConfig(data=2, model=8), r"24 rows of 'table_embed', which 16 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(mesh, complaint):
+    with pytest.raises(UsageError, match=complaint) as caught:
+        check_divides(CONFIG, mesh)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["125m", "350m", "1.3b", "2.7b", "gpt-j-6b", "23b"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (4, 16, 1), (1, 8, 4)])
+def test_the_presets_fit_the_usual_meshes(name, sizes):
+    replica, data, model = sizes
+    check_divides(PRESETS[name], MeshConfig(replica=replica, data=data, model=model))
+
+
+def test_check_divides_agrees_with_jax():
+    # What it accepts can be placed; what it refuses JAX would refuse as well.
+    mesh = mesh_of(1, 2, 4)
+    check_divides(CONFIG, MeshConfig(data=2, model=4))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    with pytest.raises(UsageError):
+        check_divides(CONFIG, MeshConfig(model=8))
+    with jax.set_mesh(mesh_of(1, 1, 8)), pytest.raises(ValueError, match="divi"):
+        jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))

@@ -1,0 +1,162 @@
+"""The flags that right numbers need, and the facts about devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meshlm.core import platform
+
+YNN = "--xla_cpu_experimental_ynn_fusion_type"
+WRONG_JAX = (0, 10, 2)
+INSTALLED = platform.jax_version()[:3]
+
+# jax issue 39103. Whole numbers below 2**53, so numpy's float64 is the exact answer.
+MATVEC_THEN_SUM = """
+import sys
+if "meshlm" in sys.argv:
+    import meshlm
+import jax, jax.numpy as jnp, numpy as np
+count = 32_769
+row = np.arange(count, dtype=np.float32)
+rows = np.stack((row, 0 * row, 0 * row), axis=1)
+matrix = jnp.eye(3)
+squares = jax.jit(jax.vmap(lambda x: jnp.sum((matrix @ x) ** 2)))(rows)
+exact = (rows.astype(np.float64) ** 2).sum(1)
+print("right" if np.allclose(squares, exact, rtol=1e-6) else "wrong")
+"""
+IMPORT_TOO_LATE = """
+import jax
+jax.devices()
+import meshlm
+"""
+
+
+def run_python(code: str, *arguments: str, flags: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_vmapped_matvec_and_a_sum_are_right_with_meshlm_imported():
+    finished = run_python(MATVEC_THEN_SUM, "meshlm")
+    assert finished.stdout == "right\n", finished.stderr
+
+
+@pytest.mark.skipif(INSTALLED != WRONG_JAX, reason="only JAX 0.10.2 is wrong here")
+def test_without_meshlm_it_is_wrong():
+    # If this fails, the flag is not needed any more.
+    assert run_python(MATVEC_THEN_SUM).stdout == "wrong\n"
+
+
+@pytest.mark.skipif(INSTALLED != WRONG_JAX, reason="only JAX 0.10.2 needs a flag")
+def test_importing_meshlm_too_late_fails_with_the_remedy():
+    finished = run_python(IMPORT_TOO_LATE)
+    assert finished.returncode == 1
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: JAX runs already")
+    assert f"XLA_FLAGS={YNN}=individual_dot" in last
+    assert "import meshlm first" in last
+    # The remedy works.
+    assert run_python(IMPORT_TOO_LATE, flags=f"{YNN}=individual_dot").returncode == 0
+
+
+@pytest.mark.skipif(INSTALLED == WRONG_JAX, reason="JAX 0.10.2 needs the flag first")
+def test_meshlm_may_be_imported_late_where_jax_is_right():
+    finished = run_python(IMPORT_TOO_LATE)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.fixture
+def jax_version(monkeypatch):
+    """Pretends an installed version, and that JAX has not started."""
+
+    def pretend(*version: int, started: bool = False) -> None:
+        monkeypatch.setattr(platform, "jax_version", lambda: version)
+        monkeypatch.setattr(platform, "_jax_has_started", lambda: started)
+
+    return pretend
+
+
+@pytest.mark.parametrize("version", [(0, 10, 1), (0, 10, 3), (0, 11, 1), (0, 12, 0, 1)])
+def test_other_versions_get_no_flag(jax_version, monkeypatch, version):
+    jax_version(*version, started=True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    platform.configure()
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1"
+
+
+def test_the_flag_joins_those_that_are_there(jax_version, monkeypatch):
+    jax_version(0, 10, 2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_b")
+    platform.configure()
+    assert os.environ["XLA_FLAGS"] == f"--xla_a=1 --xla_b {YNN}=individual_dot"
+    platform.configure()
+    assert os.environ["XLA_FLAGS"].count(YNN) == 1
+    flags = {flag.name: flag for flag in platform.applied_flags()}
+    assert list(flags) == ["--xla_a", "--xla_b", YNN]
+    assert "39103" in flags[YNN].reason
+    assert flags["--xla_a"].value == "1"
+    assert flags["--xla_a"].reason == "set by the user"
+
+
+def test_the_flag_alone(jax_version, monkeypatch):
+    jax_version(0, 10, 2)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    platform.configure()
+    assert os.environ["XLA_FLAGS"] == f"{YNN}=individual_dot"
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_the_users_own_value_stays(jax_version, monkeypatch, started):
+    jax_version(0, 10, 2, started=started)
+    monkeypatch.setenv("XLA_FLAGS", f"{YNN}=")
+    platform.configure()
+    assert os.environ["XLA_FLAGS"] == f"{YNN}="
+
+
+def test_too_late(jax_version, monkeypatch):
+    jax_version(0, 10, 2, started=True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    with pytest.raises(ImportError, match="import meshlm first"):
+        platform.configure()
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1"
+
+
+def test_the_versions_numbers():
+    import jax
+
+    assert platform.jax_version()[:3] == jax.__version_info__[:3]
+
+
+def test_the_facts_of_these_devices():
+    facts = platform.device_facts()
+    assert (facts.platform, facts.count) == ("cpu", 8)
+    # No data sheet: unknown, and not a guess.
+    assert (facts.peak_flops, facts.bandwidth_bytes_per_s, facts.memory_bytes) == (None,) * 3
+
+
+class Device:
+    def __init__(self, kind: str, platform: str) -> None:
+        self.device_kind, self.platform = kind, platform
+
+
+# Dense bf16 peak of a chip in TFLOP/s, and JAX devices a chip.
+@pytest.mark.parametrize(
+    ("kind", "chip_teraflops", "devices_a_chip"),
+    [("TPU v3", 123, 2), ("TPU v4", 275, 1), ("TPU v5 lite", 197, 1), ("TPU v6 lite", 918, 1)],
+)
+def test_the_facts_of_a_tpu(monkeypatch, kind, chip_teraflops, devices_a_chip):
+    import jax
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device(kind, "tpu")] * 16)
+    facts = platform.device_facts()
+    assert (facts.kind, facts.platform, facts.count) == (kind, "tpu", 16)
+    assert facts.peak_flops == chip_teraflops * 1e12 / devices_a_chip
