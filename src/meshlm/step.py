@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Int
 from meshlm.core.tree import PyTree, pytree
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Params, decay_mask, init_params
-from meshlm.model.transformer import Compute, hidden_states, unembed
-from meshlm.ops.loss import token_loss
+from meshlm.model.transformer import Compute, hidden_states, summed_loss
 from meshlm.optim import OptimizerConfig, apply_updates, learning_rate, make_optimizer
 
 
@@ -113,9 +112,8 @@ def batch_loss(
     """Returns (the loss summed over the batch's tokens, their number)."""
     model, compute = config.model, config.compute
     x_BTD = hidden_states(params, model, batch.tokens, compute, batch.segment_ids)
-    loss = token_loss(unembed(params, x_BTD, compute), batch.targets)
-    per_token = loss.nll_BT + config.z_loss * loss.z_BT if config.z_loss else loss.nll_BT
-    return jnp.sum(per_token * batch.loss_mask), jnp.sum(batch.loss_mask)
+    loss = summed_loss(params, x_BTD, batch.targets, batch.loss_mask, compute, config.z_loss)
+    return loss, jnp.sum(batch.loss_mask)
 
 
 def loss_and_grads(

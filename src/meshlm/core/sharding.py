@@ -12,7 +12,7 @@ a mistake is an error when the function is traced, with or without devices.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,11 +91,14 @@ def make_mesh(
     )
 
 
-def partition(*dims: str | None, gathered: bool = False) -> PartitionSpec:
+def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:
     """Returns the spec of an array with these logical dims, from the rule table.
+
+    An axis of size 1 splits nothing and is left out, so that on one device every spec is empty.
 
     Args:
         dims: one name a tensor dimension; None and names without a rule stay whole.
+        sizes: of the mesh's axes.
         gathered: leave out the axes over which weights are gathered for use; `batch` stays.
 
     Raises:
@@ -104,24 +107,31 @@ def partition(*dims: str | None, gathered: bool = False) -> PartitionSpec:
     parts: list[Any] = []
     used: dict[str, str] = {}
     for dim in dims:
-        axes = RULES.get(dim, ()) if dim else ()
-        if gathered and dim != "batch":
-            axes = tuple(axis for axis in axes if axis not in GATHERED)
+        dropped = GATHERED if gathered and dim != "batch" else ()
+        axes = tuple(a for a in (RULES.get(dim, ()) if dim else ()) if a not in dropped)
         for axis in axes:
             if axis in used:
                 raise ValueError(
                     f"dims {used[axis]!r} and {dim!r} are both split over mesh axis {axis!r}"
                 )
             used[axis] = dim or ""
+        axes = tuple(axis for axis in axes if sizes[axis] > 1)
         parts.append(axes[0] if len(axes) == 1 else (axes or None))
     return PartitionSpec(*parts)
 
 
+def is_split(*axes: str) -> bool:
+    """True where the mesh that is entered has one of these axes (any, if none is named) above 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in axes or AXES)
+
+
 def spec(*dims: str | None, gathered: bool = False) -> PartitionSpec | None:
-    """Returns `partition(...)`, or None where no mesh is entered and nothing can be split."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Returns `partition(...)` on the mesh that is entered, or None where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return None
-    return partition(*dims, gathered=gathered)
+    return partition(*dims, sizes=mesh.shape, gathered=gathered)
 
 
 def reshard(x: jax.Array, *dims: str | None, gathered: bool = False) -> jax.Array:
@@ -132,4 +142,4 @@ def reshard(x: jax.Array, *dims: str | None, gathered: bool = False) -> jax.Arra
 
 def sharding_of(mesh: jax.sharding.Mesh, *dims: str | None) -> NamedSharding:
     """Returns the sharding on `mesh` of an array with these logical dims."""
-    return NamedSharding(mesh, partition(*dims))
+    return NamedSharding(mesh, partition(*dims, sizes=mesh.shape))

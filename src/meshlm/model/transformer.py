@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import reshard, spec
+from meshlm.core.sharding import is_split, reshard, spec
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.ops.attention import attend, causal_mask
-from meshlm.ops.linear import dot, layer_norm, lookup
+from meshlm.ops.linear import add_bias, dot, layer_norm, lookup
+from meshlm.ops.loss import head_loss
 from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
 
 Remat = Literal["none", "minimal", "full"]
@@ -128,6 +129,21 @@ def unembed(
         )
 
 
+def summed_loss(
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    targets_BT: Int[Array, "B T"],
+    mask_BT: Float[Array, "B T"],
+    compute: Compute,
+    z_loss: float,
+) -> Float[Array, ""]:
+    """Returns the loss summed over the tokens where the mask is 1, in nats, from hidden states."""
+    with jax.named_scope("head_loss"):
+        head = gather(params.head, compute, "vocab", "embed")
+        bias = params.head_bias.astype(jnp.float32)
+        return head_loss(x_BTD.astype(compute.dtype), head, bias, targets_BT, mask_BT, z_loss)
+
+
 def gather(weight: jax.Array, compute: Compute, *dims: str | None) -> jax.Array:
     """Returns a weight as a product takes it: in the compute dtype, gathered over `data`."""
     return reshard(weight.astype(compute.dtype), *dims, gathered=True)
@@ -147,7 +163,7 @@ def _block(
     normed = _shared_input(normed.astype(compute.dtype))
     attention, cache = _attention(normed, block, compute, rotary, mask, cached)
     update = reshard(attention + _feed_forward(normed, block, compute), "batch", None, None)
-    return x_BTD + update + block.ff_out_bias[None, None].astype(jnp.float32), cache
+    return x_BTD + add_bias(update, block.ff_out_bias), cache
 
 
 def _attention(
@@ -179,7 +195,7 @@ def _attention(
 def _feed_forward(x_BTD: jax.Array, block: Block, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
         hidden_BTF = dot(x_BTD, gather(block.ff_in, compute, "ff", "embed"))
-        hidden_BTF = jax.nn.gelu(hidden_BTF + block.ff_in_bias[None, None].astype(jnp.float32))
+        hidden_BTF = jax.nn.gelu(add_bias(hidden_BTF, block.ff_in_bias))
         out = gather(block.ff_out, compute, "embed", "ff")
         return dot(hidden_BTF.astype(compute.dtype), out, partial=True)
 
@@ -187,7 +203,7 @@ def _feed_forward(x_BTD: jax.Array, block: Block, compute: Compute) -> jax.Array
 def _shared_input(x_BTD: jax.Array) -> jax.Array:
     """Returns x for several products over `model`, whose gradients then share one reduction."""
     batch = spec("batch", None, None)
-    if batch is None:
+    if batch is None or not is_split("model"):
         return x_BTD
     return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=frozenset({"model"})))
 

@@ -37,15 +37,17 @@ def attend(
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
     """
-    if q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and q_BTNH.shape[1] == 1:
         # Products with one row have no bfloat16 kernel there.
         q_BTNH, k_BNSH, v_BNSH = (x.astype(jnp.float32) for x in (q_BTNH, k_BNSH, v_BNSH))
+    q_BNTH = q_BTNH.transpose(0, 2, 1, 3)
+    if on_cpu:
+        # A transposition that is folded into a bfloat16 product leaves one that has no kernel.
+        q_BNTH, k_BNSH, v_BNSH = jax.lax.optimization_barrier((q_BNTH, k_BNSH, v_BNSH))
     scores_BNTS = jnp.einsum(
-        "BNTH,BNSH->BNTS",
-        q_BTNH.transpose(0, 2, 1, 3),
-        k_BNSH,
-        preferred_element_type=jnp.float32,
-    ) / math.sqrt(q_BTNH.shape[-1])
+        "BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32
+    ) / math.sqrt(q_BNTH.shape[-1])
     weights_BNTS = jax.nn.softmax(jnp.where(mask_BNTS, scores_BNTS, MASKED), axis=-1)
     mixed_BNTH = jnp.einsum(
         "BNTS,BNSH->BNTH",
@@ -53,4 +55,6 @@ def attend(
         v_BNSH,
         preferred_element_type=jnp.float32,
     )
+    if on_cpu:
+        mixed_BNTH = jax.lax.optimization_barrier(mixed_BNTH)
     return mixed_BNTH.transpose(0, 2, 1, 3)

@@ -1,15 +1,18 @@
-"""Products with weights, and layer norm.
+"""Products with weights, biases, embedding lookup and layer norm.
 
-Dim letters: B batch, T time, D model. A weight is [out..., in...]; the product contracts the
-trailing dims of both operands.
+Dim letters: B batch, T time, D model, V vocabulary rows, M rows (batch and time flattened),
+K contracted, N out. A weight is [out..., in...]; a product contracts the trailing dims of both.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import reshard, spec
+from meshlm.core.sharding import is_split, reshard, spec
+from meshlm.ops import cpu
 
 
 def dot(
@@ -26,6 +29,18 @@ def dot(
         partial: leave the sum over `model` to the caller, who adds several such products and then
             reduces once (`core.sharding.reshard`).
     """
+    if cpu.is_faster(x.dtype):
+        inner = math.prod(x.shape[x.ndim - contract :])
+        rows, out = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
+        y = cpu.dot(x.reshape(-1, inner), weight.reshape(-1, inner))
+        return y.reshape(*rows, *out)
+    return plain_dot(x, weight, contract=contract, partial=partial)
+
+
+def plain_dot(
+    x: Float[Array, "..."], weight: Float[Array, "..."], *, contract: int = 1, partial: bool = False
+) -> Float[Array, "..."]:
+    """Returns what `dot` does, as one product, on any device and mesh: its reference."""
     dims_x = tuple(range(x.ndim - contract, x.ndim))
     dims_w = tuple(range(weight.ndim - contract, weight.ndim))
     return jax.lax.dot_general(
@@ -44,9 +59,17 @@ def _dot_sharding(
         return None
     x_spec, w_spec = (jax.typeof(a).sharding.spec.partitions for a in (x, weight))
     parts = (*x_spec[: x.ndim - contract], *w_spec[: weight.ndim - contract])
-    if partial:
+    if partial and is_split("model"):
         return PartitionSpec(*parts, unreduced=frozenset({"model"}))
     return PartitionSpec(*parts)
+
+
+def add_bias(x: Float[Array, "B T N"], bias: Float[Array, "N"]) -> Float[Array, "B T N"]:
+    """Returns x plus the bias, in float32."""
+    bias = bias.astype(jnp.float32)
+    if cpu.is_faster(jnp.bfloat16):
+        return cpu.add_bias(x.reshape(-1, x.shape[-1]), bias).reshape(x.shape)
+    return x + bias[None, None]
 
 
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -70,4 +93,5 @@ def layer_norm(
     mean = jnp.mean(x, axis=-1, keepdims=True)
     centred = x - mean
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon) * scale[None, None] + offset[None, None]
+    normed = centred * jax.lax.rsqrt(variance + epsilon) * scale[None, None].astype(jnp.float32)
+    return add_bias(normed, offset)

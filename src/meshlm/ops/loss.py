@@ -1,13 +1,21 @@
 """Cross-entropy over the vocabulary, with the original's z-loss as an option.
 
-Dim letters: B batch, T time, D model, V vocabulary rows.
+Dim letters: B batch, T time, D model, V vocabulary rows, M rows (batch and time flattened),
+C rows of a chunk.
 """
 
-from typing import NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from meshlm.ops import cpu
+from meshlm.ops.linear import plain_dot
+
+_MOST_CHUNK_ROWS = 512
 
 
 class TokenLoss(NamedTuple):
@@ -34,3 +42,116 @@ def token_loss(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"])
     is_target = vocab == targets_BT[..., None]
     label_BT = jnp.sum(jnp.where(is_target, shifted_BTV, 0.0), axis=-1)
     return TokenLoss(log_sum_BT - label_BT, jnp.square(log_sum_BT))
+
+
+def head_loss(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    bias_V: Float[Array, "V"],
+    targets_BT: Int[Array, "B T"],
+    mask_BT: Float[Array, "B T"],
+    z_loss: float,
+) -> Float[Array, ""]:
+    """Returns the loss summed over the tokens, each times its mask, from the head's input.
+
+    Args:
+        x_BTD: the final norm's output, in the dtype of the products.
+        head_VD: in the same dtype, as a product takes it.
+        bias_V: float32.
+        targets_BT: the right next tokens.
+        mask_BT: 1 where a token counts.
+        z_loss: weight of the z penalty.
+    """
+    if cpu.is_faster(x_BTD.dtype):
+        rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), mask_BT.reshape(-1))
+        return _chunked_loss(z_loss, rows[0], head_VD, bias_V, rows[1], rows[2])
+    return plain_head_loss(x_BTD, head_VD, bias_V, targets_BT, mask_BT, z_loss)
+
+
+def plain_head_loss(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    bias_V: Float[Array, "V"],
+    targets_BT: Int[Array, "B T"],
+    mask_BT: Float[Array, "B T"],
+    z_loss: float,
+) -> Float[Array, ""]:
+    """Returns what `head_loss` does, from all logits at once, on any device and mesh."""
+    loss = token_loss(plain_dot(x_BTD, head_VD) + bias_V[None, None], targets_BT)
+    return jnp.sum((loss.nll_BT + z_loss * loss.z_BT) * mask_BT)
+
+
+# The gradient is made in the forward pass, a chunk of rows at a time: the logits of a chunk are
+# still at hand then, and those of all rows never exist together.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_loss(
+    z_loss: float,
+    x_MD: jax.Array,
+    head_VD: jax.Array,
+    bias_V: jax.Array,
+    targets_M: jax.Array,
+    mask_M: jax.Array,
+) -> jax.Array:
+    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x_CD, targets_C, mask_C = chunk
+        logits_CV = cpu.product(x_CD, head_VD, 1, 1) + bias_V[None]
+        loss = token_loss(logits_CV[None], targets_C[None])
+        return total + jnp.sum((loss.nll_BT + z_loss * loss.z_BT)[0] * mask_C), None
+
+    return jax.lax.scan(add, jnp.zeros(()), _chunks(x_MD, targets_M, mask_M))[0]
+
+
+def _chunks(x_MD: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    size = math.gcd(x_MD.shape[0], _MOST_CHUNK_ROWS)
+    return tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x_MD, *others))
+
+
+def _chunked_forward(
+    z_loss: float,
+    x_MD: jax.Array,
+    head_VD: jax.Array,
+    bias_V: jax.Array,
+    targets_M: jax.Array,
+    mask_M: jax.Array,
+) -> tuple[jax.Array, Any]:
+    def add(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        total, dhead_DV, dbias_V = carry
+        x_CD, targets_C, mask_C = chunk
+        logits_CV = cpu.product(x_CD, head_VD, 1, 1) + bias_V[None]
+        loss, g_CV = _loss_and_gradient(logits_CV, targets_C, mask_C, z_loss)
+        g_CV = jax.lax.optimization_barrier(g_CV.astype(x_CD.dtype))
+        dx_CD = cpu.product(g_CV, head_VD, 1, 0).astype(x_CD.dtype)
+        dhead_DV += cpu.product(cpu.transpose(x_CD), g_CV, 1, 0)
+        return (total + loss, dhead_DV, dbias_V + cpu.column_sum(g_CV)), dx_CD
+
+    zeros_DV = jnp.zeros(head_VD.shape[::-1], jnp.float32)
+    start = (jnp.zeros(()), zeros_DV, jnp.zeros(bias_V.shape, jnp.float32))
+    chunks = _chunks(x_MD, targets_M, mask_M)
+    (total, dhead_DV, dbias_V), dx_CD = jax.lax.scan(add, start, chunks)
+    dhead_VD = cpu.transpose(dhead_DV).astype(head_VD.dtype)
+    return total, (dx_CD.reshape(x_MD.shape), dhead_VD, dbias_V)
+
+
+def _loss_and_gradient(
+    logits_CV: jax.Array, targets_C: jax.Array, mask_C: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the chunk's loss, and its gradient by the logits in float32."""
+    top_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
+    log_sum_C1 = jnp.log(jnp.sum(jnp.exp(logits_CV - top_C1), axis=-1, keepdims=True))
+    vocab = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
+    is_target = vocab == targets_C[:, None]
+    label_C = jnp.sum(jnp.where(is_target, logits_CV, 0.0), axis=-1)
+    nll_C = (top_C1 + log_sum_C1)[:, 0] - label_C
+    loss = jnp.sum((nll_C + z_loss * jnp.square(log_sum_C1[:, 0])) * mask_C)
+    weights_CV = jnp.exp(logits_CV - (top_C1 + log_sum_C1)) * (1 + 2 * z_loss * log_sum_C1)
+    return loss, (weights_CV - is_target) * mask_C[:, None]
+
+
+def _chunked_backward(z_loss: float, saved: Any, g: jax.Array) -> tuple[Any, ...]:
+    dx_MD, dhead_VD, dbias_V = ((g * d).astype(d.dtype) for d in saved)
+    return dx_MD, dhead_VD, dbias_V, None, None
+
+
+_chunked_loss.defvjp(_chunked_forward, _chunked_backward)
