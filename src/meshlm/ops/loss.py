@@ -5,7 +5,6 @@ C rows of a chunk.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from meshlm.ops import cpu
 from meshlm.ops.linear import plain_dot
 
-_MOST_CHUNK_ROWS = 512
+CHUNK_ROWS = 512
 
 
 class TokenLoss(NamedTuple):
@@ -103,9 +102,16 @@ def _chunked_loss(
     return jax.lax.scan(add, jnp.zeros(()), _chunks(x_MD, targets_M, mask_M))[0]
 
 
-def _chunks(x_MD: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    size = math.gcd(x_MD.shape[0], _MOST_CHUNK_ROWS)
-    return tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x_MD, *others))
+def _chunks(*rows: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays [M, ...] as [M/C, C, ...], filled up with zeros that the mask leaves out."""
+    size = min(CHUNK_ROWS, rows[0].shape[0])
+    missing = -rows[0].shape[0] % size
+
+    def cut(a: jax.Array) -> jax.Array:
+        filled = jnp.pad(a, ((0, missing), *((0, 0) for _ in a.shape[1:])))
+        return filled.reshape(-1, size, *a.shape[1:])
+
+    return tuple(map(cut, rows))
 
 
 def _chunked_forward(
@@ -131,7 +137,8 @@ def _chunked_forward(
     chunks = _chunks(x_MD, targets_M, mask_M)
     (total, dhead_DV, dbias_V), dx_CD = jax.lax.scan(add, start, chunks)
     dhead_VD = cpu.transpose(dhead_DV).astype(head_VD.dtype)
-    return total, (dx_CD.reshape(x_MD.shape), dhead_VD, dbias_V)
+    dx_MD = dx_CD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
+    return total, (dx_MD, dhead_VD, dbias_V)
 
 
 def _loss_and_gradient(

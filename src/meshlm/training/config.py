@@ -82,6 +82,7 @@ class TrainConfig:
     """Tokens of one sample."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "run", Path(self.run))
         for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

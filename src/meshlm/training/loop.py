@@ -99,6 +99,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     _refuse_foreign_folder(config.run)
     if not config.run.exists():
         _resolve(config)  # so that a mistake leaves no folder behind
+        _make_folder(config.run)
     with RunLock(config.run):
         record, stores, mesh = _resolve(config)
         with jax.set_mesh(mesh):
@@ -119,6 +120,13 @@ def _refuse_foreign_folder(run: Path) -> None:
         raise UsageError(
             f"--run {run} is no run and not empty (it holds {others[0]}): give another folder"
         )
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run {run}: {error.strerror}; give a folder that can be made") from None
 
 
 def _resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.sharding.Mesh]:
@@ -198,6 +206,11 @@ class _Run:
     def train(self) -> TrainResult:
         """Restores or begins, trains to the end, and leaves a report."""
         state, start = self._restore()
+        if start > self.record.steps:
+            raise UsageError(
+                f"--steps {self.record.steps} is less than the {start} steps that the run "
+                f"{self.config.run} has done: give more, or leave it out"
+            )
         self._check_disk(start)
         config_json = write_config(self.config.run, self.record, self.config)
         self.files = {CONFIG_FILE: config_json, "tokenizer.json": self.tokenizer.to_json()}
@@ -205,7 +218,8 @@ class _Run:
         progress = TrainingProgress(
             self.config.run, self.console, start=start, total=self.record.steps
         )
-        with log, progress, StopSignals() as signals:
+        # The checkpointer ends its work before the folder's lock is given up, whatever happens.
+        with log, progress, self.checkpointer, StopSignals() as signals:
             self.log, self.progress = log, progress
             self._announce(start)
             try:
@@ -283,10 +297,19 @@ class _Run:
         self.progress.say(
             f"data: {sum(self.source.num_windows):,} sequences, {epochs:,.2f} times over"
         )
+        idle = jax.device_count() - mesh.num_devices
+        if idle:
+            self.progress.say(f"{idle} of {jax.device_count()} devices are idle: see --mesh.data")
+        scheduled = record.optimizer.warmup_steps + record.optimizer.anneal_steps
+        if record.steps > scheduled:
+            self.progress.say(
+                f"the anneal ends at step {scheduled}: from there on the learning rate stays "
+                f"{record.optimizer.end_learning_rate:g}"
+            )
         if self.passed_over:
             self.progress.say(self.passed_over)
             add_incident(self.config.run, start, "damaged", self.passed_over)
-        if start:
+        if 0 < start < record.steps:
             self.progress.say(f"resumed from {step_path(self.checkpoints, start)}")
             add_incident(self.config.run, start, "resumed", f"resumed from step {start}")
         if start >= record.steps:
@@ -305,7 +328,8 @@ class _Run:
                 waited_s = time.monotonic() - began_s
                 state, metrics = step_function(state, batch)
                 # A CPU may have computed the step before it returned from the call.
-                done_s = time.monotonic() if metrics.loss.is_ready() else None
+                loss: Any = metrics.loss
+                done_s = time.monotonic() if loss.is_ready() else None
                 if pending:
                     self._finish(pending)
                 pending = _Pending(step, metrics, began_s, waited_s, done_s)

@@ -2,10 +2,14 @@
 
 import os
 
+import jax.numpy as jnp
+
 from meshlm.core.errors import UsageError
 from meshlm.core.platform import device_facts
 from meshlm.core.sharding import MeshConfig
 from meshlm.model.params import count_params
+from meshlm.ops import cpu
+from meshlm.ops.loss import CHUNK_ROWS
 from meshlm.training.config import RunConfig
 
 # Weights, two moments of the optimizer and the gradient, float32 each.
@@ -19,8 +23,10 @@ def least_memory_bytes(record: RunConfig, mesh: MeshConfig) -> tuple[int, int]:
     What activations take comes on top, so a run that needs no more than this may still not fit.
     """
     state = _STATE_BYTES * count_params(record.model) * mesh.replica
-    rows = record.batch_size // record.accumulate
-    return state, _LOGIT_BYTES * rows * record.seq_len * record.model.vocab_size
+    tokens = record.batch_size // record.accumulate * record.seq_len
+    if cpu.is_faster(jnp.dtype(record.compute_dtype)) and mesh.num_devices == 1:
+        tokens = min(tokens, CHUNK_ROWS)
+    return state, _LOGIT_BYTES * tokens * record.model.vocab_size
 
 
 def check_memory(record: RunConfig, mesh: MeshConfig) -> None:
