@@ -23,6 +23,8 @@ PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] 
 FENCE = re.compile(r"^```console(?P<marker>[^\n]*)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:|#)([^)#\s]+)")
 TIMEOUT_S = 300
+# What `--help` shows, by command: asked for once.
+SHOWN: dict[tuple[str, ...], Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,13 @@ def page_name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 @pytest.mark.timeout(900)
-def test_commands_run(path: Path, tmp_path: Path, cli: Any) -> None:
+def test_commands_run(path: Path, tmp_path: Path, cli: Any, compiled: dict[str, str]) -> None:
     for command in commands_in(path.read_text()):
         if command.runs:
             done = subprocess.run(
                 ["bash", "-c", command.text],
                 cwd=tmp_path,
-                env=cli.environment(),
+                env=cli.environment() | compiled,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -102,9 +104,12 @@ def unknown_options(arguments: list[str], cli: Any) -> list[str]:
     options = [word.partition("=")[0] for word in arguments if re.match(r"--[a-z]", word)]
     # `data prepare` is two words; what follows `generate` is a path.
     count = 2 if arguments[:1] in (["data"], ["launch"]) else 1
-    shown = cli(*arguments[:count], "--help", env={"COLUMNS": "200", "NO_COLOR": "1"})
+    words = tuple(arguments[:count])
+    if words not in SHOWN:
+        SHOWN[words] = cli(*words, "--help", env={"COLUMNS": "200", "NO_COLOR": "1"})
+    shown = SHOWN[words]
     if shown.returncode != 0:
-        return [" ".join(arguments[:count])]
+        return [" ".join(words)]
     return [
         name for name in options if not re.search(rf"{re.escape(name)}(?![\w.-])", shown.stdout)
     ]
