@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptj_float64
-from meshlm.ops.linear import dot, layer_norm, lookup
+from meshlm.ops.linear import add_bias, dot, layer_norm, lookup
 from tiny import relative_l2, relative_max
 
 
@@ -71,6 +71,18 @@ def test_long_sums_keep_float32s_precision_in_bfloat16():
     x = jnp.full((1, 2, 4096), 2**-8, jnp.bfloat16).at[..., 0].set(1.0)
     weight = jnp.ones((2, 4096), jnp.bfloat16)
     np.testing.assert_array_equal(dot(x, weight), 1 + 4095 / 256)
+
+
+def test_a_bias_is_added_in_float32_and_gathers_the_gradient():
+    x, bias, cotangent = draw(2, 5, 7), draw(7, seed=1), draw(2, 5, 7, seed=2)
+    np.testing.assert_array_equal(add_bias(x, bias), np.asarray(x) + np.asarray(bias))
+    dx, dbias = jax.vjp(add_bias, x, bias)[1](cotangent)
+    np.testing.assert_array_equal(dx, cotangent)
+    np.testing.assert_allclose(dbias, exact(cotangent).sum((0, 1)), rtol=1e-5, atol=1e-6)
+    stored = bias.astype(jnp.bfloat16)
+    found = add_bias(x, stored)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.asarray(x) + np.asarray(stored, np.float32))
 
 
 def test_a_lookup_gives_rows():

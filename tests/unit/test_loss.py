@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptj_float64
-from meshlm.ops.loss import token_loss
+from meshlm.ops.loss import head_loss, plain_head_loss, token_loss
 from tiny import relative_l2
 
 
@@ -98,3 +98,55 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert found.nll_BT.dtype == jnp.float32
     nll, _ = gptj_float64.token_loss(np.asarray(rounded, np.float64), targets)
     np.testing.assert_allclose(found.nll_BT, nll, rtol=1e-5)
+
+
+# From the head's input: in chunks where that is faster, and all at once.
+
+
+def head_case(batch, length, dtype, depth=16, vocab=48):
+    rng = np.random.default_rng(0)
+    x, head = (rng.standard_normal(s) for s in ((batch, length, depth), (vocab, depth)))
+    x, head = (jnp.asarray(a, dtype) for a in (x, head))
+    bias = jnp.asarray(rng.standard_normal(vocab), jnp.float32)
+    targets = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    mask = rng.integers(0, 2, (batch, length)).astype(np.float32)
+    return x, head, bias, targets, mask
+
+
+def head_loss_and_gradients(x, head, bias, targets, mask, z_loss):
+    """In float64: the loss, and its gradients by x, head and bias."""
+    x, head, bias = (np.asarray(a, np.float64) for a in (x, head, bias))
+    logits = x @ head.T + bias
+    nll, z = gptj_float64.token_loss(logits, targets)
+    g = softmax(logits) * (1 + 2 * z_loss * np.sqrt(z))[..., None] - np.eye(len(bias))[targets]
+    g *= mask[..., None]
+    gradients = (g @ head, np.einsum("btv,btd->vd", g, x), g.sum((0, 1)))
+    return ((nll + z_loss * z) * mask).sum(), gradients
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("batch", "length"),
+    [(3, 512), (2, 6), (1, 7), (1, 1)],  # several chunks, one, a prime length, one row
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 6e-3)])
+@pytest.mark.parametrize("function", [head_loss, plain_head_loss])
+def test_the_loss_from_the_heads_input(function, dtype, tolerance, batch, length, z_loss):
+    case = head_case(batch, length, dtype)
+    case = (*case[:-1], np.ones_like(case[-1])) if length < 6 else case
+    loss, grads = jax.jit(
+        jax.value_and_grad(lambda *arrays: function(*arrays, z_loss), argnums=(0, 1, 2))
+    )(*case)
+    wanted_loss, wanted_grads = head_loss_and_gradients(*case, z_loss)
+    # Products of bfloat16 are exact in float32; only gradients are rounded again.
+    assert float(loss) == pytest.approx(wanted_loss, rel=2e-6)
+    for found, wanted, argument in zip(grads, wanted_grads, case, strict=False):
+        assert found.dtype == argument.dtype
+        assert relative_l2(found, wanted) < tolerance
+
+
+def test_the_loss_alone_is_the_loss_with_its_gradient():
+    case = head_case(2, 6, "bfloat16")
+    alone = jax.jit(lambda *arrays: head_loss(*arrays, 0.1))(*case)
+    nll_and_z, _ = head_loss_and_gradients(*case, 0.1)
+    assert float(alone) == pytest.approx(nll_and_z, rel=2e-6)

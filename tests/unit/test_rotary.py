@@ -103,14 +103,6 @@ def test_a_product_depends_on_the_distance_alone(m, n, shift):
     assert product(m, n) == pytest.approx(product(m + shift, n + shift), abs=2e-6)
 
 
-def test_the_direction_matters():
-    # A wrong sign in both q and k would pass every test of distances.
-    q, k = draw(1, 1, 1, 8, seed=1), draw(1, 1, 1, 8, seed=2)
-    at = jnp.full((1, 1), 3, jnp.int32)
-    ahead, behind = (rotate(q, at, 8) * k).sum(), (q * rotate(k, at, 8)).sum()
-    assert abs(ahead - behind) > 0.1
-
-
 def test_positions_choose_rows_of_the_table():
     x = draw(2, 3, 2, 8)
     positions = np.array([[4, 5, 6], [0, 9, 2]], np.int32)
