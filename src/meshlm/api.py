@@ -153,7 +153,7 @@ class Model:
         sampling: SamplingConfig,
         on_text: Callable[[int, int, str], None] | None = None,
     ) -> Generations:
-        """Returns samples as `generate` does; `on_text(prompt, sample, piece)` is called as it goes."""
+        """Returns samples as `generate` does; `on_text(prompt, sample, piece)` hears each piece."""
         ids = [self._encode(prompt) for prompt in prompts]
         done = self._generator.generate(ids, sampling, on_text)
         return Generations(sample for samples in done for sample in samples)

@@ -129,7 +129,9 @@ def _guarded(work: Callable[[], int], verbose: bool) -> int:
 def _fail(message: str, exit_code: int, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
-    print(f"meshlm: {message}", file=sys.stderr)
+    # One line and no terminal codes, whatever a path or a prompt in it may hold.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"meshlm: {line}", file=sys.stderr)
     return exit_code
 
 

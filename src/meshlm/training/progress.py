@@ -74,9 +74,10 @@ class TrainingProgress:
         now_s = time.monotonic()
         if now_s - self._line_at_s >= _PLAIN_LINE_EVERY_S or step == self._total:
             self._line_at_s = now_s
-            self._plain_line(step, shown, metrics)
+            self._plain_line(step, metrics)
 
-    def _plain_line(self, step: int, loss: str, metrics: Mapping[str, Any]) -> None:
+    def _plain_line(self, step: int, metrics: Mapping[str, Any]) -> None:
+        loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         line = (
             f"step {step:,}/{self._total:,}  loss {loss}  {metrics['tokens_per_s']:,.0f} tok/s  "
             f"lr {metrics['learning_rate']:.2e}{self._left(step)}"

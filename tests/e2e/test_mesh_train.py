@@ -1,0 +1,84 @@
+"""`meshlm train` and `generate` on meshes of eight virtual devices: the same numbers as on one."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from runs import SMALL, lines
+
+pytestmark = pytest.mark.timeout(900)
+
+MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "1x2x4": (1, 2, 4), "2x2x2": (2, 2, 2)}
+STEPS = 5
+OPTIONS = ("--steps", "5", "--compute-dtype", "float32", "--eval-every", "5")
+NUMBERS = ("loss", "grad_norm", "val_loss")
+TOLERANCE = 1e-5
+
+
+def mesh(name: str) -> list[str]:
+    axes = zip(("replica", "data", "model"), MESHES.get(name, (1, 1, 1)), strict=True)
+    return [word for axis, size in axes for word in (f"--mesh.{axis}", str(size))]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory, store, shared_compilation):
+    """The run on 1x1x1, saved at steps 3 and 5."""
+    from meshlm.cli.main import main
+
+    run = tmp_path_factory.mktemp("one") / "run"
+    words = ["train", *SMALL, "--data", str(store), "--run", str(run), *OPTIONS]
+    assert main([*words, "--checkpoint-every", "3"]) == 0
+    return run
+
+
+def assert_close(run, other, first: int = 1) -> None:
+    found, wanted = lines(run), lines(other)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    for one, two in zip(found[first - 1 :], wanted[first - 1 :], strict=True):
+        for name in NUMBERS:
+            assert (name in one) == (name in two)
+            if name in one:
+                assert one[name] == pytest.approx(two[name], rel=TOLERANCE), (one["step"], name)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_losses_are_those_of_one_device(meshlm, store, tmp_path, on_one_device, name):
+    run = tmp_path / "run"
+    code, out, _ = meshlm("train", *SMALL, "--data", store, "--run", run, *OPTIONS, *mesh(name))
+    assert code == 0
+    replica, data, model = MESHES[name]
+    assert f"mesh replica {replica} x data {data} x model {model}" in out
+    assert_close(run, on_one_device)
+
+
+def test_a_run_goes_on_on_other_meshes(meshlm, tmp_path, on_one_device):
+    run = tmp_path / "run"
+    shutil.copytree(on_one_device, run)
+    shutil.rmtree(run / "checkpoints" / "step_5")
+    go_on = ("train", "--run", run, "--sample-every", "0", "--eval-every", "5")
+    assert meshlm(*go_on, "--checkpoint-every", "4", "--steps", "4", *mesh("1x2x4"))[0] == 0
+    assert meshlm(*go_on, "--steps", "5", *mesh("1x8x1"))[0] == 0
+    found, wanted = lines(run), lines(on_one_device)
+    assert found[:3] == wanted[:3]
+    for step in (4, 5):
+        for name in ("loss", "grad_norm"):
+            assert found[step - 1][name] == pytest.approx(wanted[step - 1][name], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["1x8x1", "2x2x2"])
+def test_generate_gives_the_same_text(meshlm, on_one_device, name):
+    command = ("generate", on_one_device, "--prompt", "def ", "--max-tokens", "12")
+    assert meshlm(*command, *mesh(name)) == meshlm(*command)
+
+
+def test_a_process_with_virtual_devices(cli, compiled, store, tmp_path, on_one_device):
+    run = tmp_path / "run"
+    words = ("train", *SMALL, "--data", store, "--run", run, *OPTIONS, *mesh("1x2x4"))
+    done = cli(*words, devices=8, env=compiled)
+    assert done.returncode == 0, done.stderr
+    assert_close(run, on_one_device)
+    refused = cli(*words, devices=4, env=compiled)
+    assert refused.returncode == 2
+    assert "wants 8 devices and 4 are here" in refused.stderr

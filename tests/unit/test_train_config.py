@@ -1,0 +1,173 @@
+"""Options of a run: what is refused, what follows from what, and what may not change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from meshlm.core.config import from_dict, to_dict, to_json
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.sharding import MeshConfig
+from meshlm.model.config import PRESETS
+from meshlm.training import loop
+from meshlm.training.config import (
+    _NUMBERS,
+    _WHOLE_NUMBERS,
+    RunConfig,
+    StoreRecord,
+    TrainConfig,
+    check_batch,
+    continued_run,
+    first_difference,
+    new_run,
+)
+from meshlm.training.memory import check_memory, least_memory_bytes
+from meshlm.training.metrics import NoiseScale
+from meshlm.training.run_folder import parse_config
+from meshlm.training.saved import saved_files, saved_noise
+
+STORE = StoreRecord(path="/data/store", weight=1.0, fingerprint="f" * 64)
+OTHER = dataclasses.replace(STORE, fingerprint="0" * 64)
+
+
+def options(**given) -> TrainConfig:
+    return TrainConfig(run=Path("run"), **given)
+
+
+def begun(**given) -> RunConfig:
+    return new_run(options(**given), (STORE,), "t" * 64, 512)
+
+
+@pytest.mark.parametrize("name", _WHOLE_NUMBERS)
+def test_whole_numbers_have_bounds(name):
+    least, most = _WHOLE_NUMBERS[name]
+    options(**{name: least})
+    options(**{name: most})
+    flag = name.replace("_", "-")
+    for wrong in (least - 1, most + 1, -(10**30)):
+        with pytest.raises(UsageError, match=f"--{flag} {wrong}: give"):
+            options(**{name: wrong})
+
+
+@pytest.mark.parametrize("name", _NUMBERS)
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_numbers_are_finite_and_not_below_zero(name, wrong):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} "):
+        options(**{name: wrong})
+
+
+def test_every_number_is_checked():
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
+    whole = {name for name, kind in kinds.items() if "int" in re.findall(r"\w+", kind)}
+    numbers = {name for name, kind in kinds.items() if "float" in re.findall(r"\w+", kind)}
+    assert whole == set(_WHOLE_NUMBERS)
+    assert numbers == set(_NUMBERS)
+
+
+def test_what_follows_from_the_others():
+    record = begun(preset="test", steps=400)
+    assert record.model == dataclasses.replace(PRESETS["test"], vocab_size=512)
+    assert record.seq_len == 128
+    assert record.optimizer.warmup_steps == 20
+    assert record.optimizer.anneal_steps == 380
+    assert record.optimizer.end_learning_rate == record.optimizer.learning_rate / 10
+    # GPT-3's and GPT-J's peak rates, from their papers.
+    assert begun(preset="125m").optimizer.learning_rate == 6e-4
+    assert begun(preset="1.3b").optimizer.learning_rate == 2e-4
+    assert begun(preset="gpt-j-6b").optimizer.learning_rate == 1.2e-4
+    assert begun(preset="gpt-j-6b", steps=350_000).optimizer.warmup_steps == 3000
+
+
+def test_a_run_goes_on_with_what_it_has():
+    record = begun(preset="test", steps=100)
+    assert continued_run(options(), record, (STORE,)) == record
+    more = continued_run(options(steps=200), record, (STORE,))
+    assert more == dataclasses.replace(record, steps=200)
+    moved = dataclasses.replace(STORE, path="/elsewhere")
+    assert continued_run(options(), record, (moved,)).data == (moved,)
+    with pytest.raises(UsageError, match=r"--data was .*ffff.* and is .*0000"):
+        continued_run(options(), record, (OTHER,))
+
+
+def test_the_first_difference():
+    record = begun(preset="test", steps=100)
+    same = dataclasses.replace(
+        record, steps=7, data=(dataclasses.replace(STORE, path="/elsewhere"),)
+    )
+    assert first_difference(record, same) is None
+    optimizer = dataclasses.replace(record.optimizer, weight_decay=0.5)
+    other = dataclasses.replace(record, optimizer=optimizer)
+    assert first_difference(record, other) == "optimizer.weight_decay is 0.1 and 0.5"
+    data = dataclasses.replace(record, data=(OTHER,))
+    assert "data is" in str(first_difference(record, data))
+
+
+def test_records_survive_json():
+    record = begun(preset="test", steps=100, learning_rate=1 / 3)
+    content = json.loads(to_json({"run": to_dict(record)}))
+    assert parse_config(json.dumps(content).encode(), "there") == record
+    content["run"]["model"]["d_modle"] = 3
+    with pytest.raises(BadInputError, match="did you mean 'd_model'"):
+        parse_config(json.dumps(content).encode(), "there")
+    del content["run"]["model"]["d_modle"]
+    content["run"]["steps"] = "many"
+    with pytest.raises(BadInputError, match="there"):
+        parse_config(json.dumps(content).encode(), "there")
+    for wrong in (b"", b"[]", b"{}", b"\xff", b"null"):
+        with pytest.raises(BadInputError, match="there"):
+            parse_config(wrong, "there")
+
+
+def test_from_dict_is_strict():
+    with pytest.raises(BadInputError, match="unknown setting 'moddel'; did you mean 'model'"):
+        from_dict(MeshConfig, {"moddel": 2}, "mesh")
+    with pytest.raises(BadInputError, match="not an object"):
+        from_dict(MeshConfig, [1], "mesh")
+    assert from_dict(MeshConfig, {"model": 2}, "mesh") == MeshConfig(model=2)
+
+
+def test_batch_and_mesh():
+    record = begun(preset="test", batch_size=12, accumulate=2)
+    check_batch(record, MeshConfig(data=2))
+    with pytest.raises(UsageError, match="give a multiple of 8"):
+        check_batch(record, MeshConfig(replica=2, data=2))
+
+
+def test_memory():
+    record = begun(preset="gpt-j-6b", vocab_size=50_400, batch_size=4, seq_len=2048)
+    state, logits = least_memory_bytes(record, MeshConfig(model=2))
+    # Four float32 numbers a parameter, and a float32 a logit.
+    assert state == 16 * 6_050_882_784
+    assert logits == 4 * 4 * 2048 * 50_400
+    assert least_memory_bytes(record, MeshConfig(replica=2))[0] == 2 * state
+    assert least_memory_bytes(record, MeshConfig())[1] <= logits
+    check_memory(begun(preset="test"), MeshConfig())
+    with pytest.raises(UsageError, match="GB of memory"):
+        check_memory(begun(preset="23b"), MeshConfig())
+
+
+def test_checkpoint_files_carry_the_noise_scale():
+    noise = NoiseScale(gradient_squared=1 / 3, noise=2 / 7)
+    files = saved_files({"config.json": b"{}"}, 5, begun(preset="test"), noise)
+    assert json.loads(files["position.json"])["tokens"] == 5 * 8 * 128
+    assert saved_noise(files, "there") == noise
+    with pytest.raises(BadInputError, match=r"no position\.json"):
+        saved_noise({}, "there")
+
+
+def test_looking_for_disk_is_quick_however_long_the_run(tmp_path, monkeypatch):
+    # 2^31 checkpoints to come: only the next ones are looked at.
+    run = object.__new__(loop._Run)
+    run.config = options(checkpoint_every=1, keep_every=2)
+    run.record = begun(preset="test", steps=2**31 - 1)
+    run.abstract, run.checkpoints = {}, tmp_path
+    monkeypatch.setattr(loop, "to_named", lambda tree: tree)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(UsageError, match="too little disk"):
+        run._check_disk(0)
