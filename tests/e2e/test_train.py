@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -418,3 +419,19 @@ def test_a_last_save_that_fails_is_no_success(meshlm, run, monkeypatch):
     monkeypatch.delenv("MESHLM_FAILPOINT")
     assert meshlm(*more)[0] == 0
     assert checkpoint.complete_steps(run / "checkpoints") == [11, 12, 13]
+
+
+def test_a_full_disk_is_lines_and_not_traces(cli, compiled, store, tmp_path):
+    words = ("train", *SMALL, "--data", store, "--run", tmp_path / "run", "--steps", "6")
+    command = shlex.join(cli.command(*words, "--checkpoint-every", "2"))
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 200; exec {command}"],
+        env={**cli.environment(), **compiled},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "checkpoint of step 6 was not saved" in one_line(done.stderr)
+    assert "step 4: checkpoint of step 2 was not saved" in done.stdout
+    assert len(lines(tmp_path / "run")) == 6
+    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoints") == []

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = "--verbose" in words
     words = [word for word in words if word != "--verbose"]
+    if not verbose:
+        # Orbax logs tracebacks of what it raises again and what we then say in a line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     return _guarded(lambda: _run(words), verbose)
 
 

@@ -33,6 +33,7 @@ class TrainingProgress:
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[rate]} tok/s"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,
