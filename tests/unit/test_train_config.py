@@ -140,15 +140,16 @@ def test_batch_and_mesh():
 
 def test_memory():
     record = begun(preset="gpt-j-6b", vocab_size=50_400, batch_size=4, seq_len=2048)
-    state, logits = least_memory_bytes(record, MeshConfig(model=2))
-    # Four float32 numbers a parameter, and a float32 a logit.
+    state, activations = least_memory_bytes(record, MeshConfig(model=2))
+    # Four float32 numbers a parameter; a float32 a logit and a residual of each of 28 layers.
     assert state == 16 * 6_050_882_784
-    assert logits == 4 * 4 * 2048 * 50_400
+    assert activations == 4 * 4 * 2048 * (50_400 + 28 * 4096)
     assert least_memory_bytes(record, MeshConfig(replica=2))[0] == 2 * state
-    assert least_memory_bytes(record, MeshConfig())[1] <= logits
+    assert least_memory_bytes(record, MeshConfig())[1] <= activations
     check_memory(begun(preset="test"), MeshConfig())
-    with pytest.raises(UsageError, match="GB of memory"):
-        check_memory(begun(preset="23b"), MeshConfig())
+    for huge in ({"preset": "23b"}, {"preset": "test", "batch_size": 2**31 - 1}):
+        with pytest.raises(UsageError, match="GB of memory"):
+            check_memory(begun(**huge), MeshConfig())
 
 
 def test_checkpoint_files_carry_the_noise_scale():

@@ -165,6 +165,12 @@ class _Pending(NamedTuple):
     done_s: float | None
     """When it was done, where that was seen when it was sent."""
 
+    def done_before(self, next_done_s: float | None, last_done_s: float) -> "_Pending":
+        """Returns it with half of the time of both, where the next one is done already."""
+        if self.done_s is not None or next_done_s is None:
+            return self
+        return self._replace(done_s=(max(self.began_s, last_done_s) + next_done_s) / 2)
+
 
 class _Run:
     """One start of a run; lives inside the run's lock and mesh."""
@@ -331,7 +337,7 @@ class _Run:
                 loss: Any = metrics.loss
                 done_s = time.monotonic() if loss.is_ready() else None
                 if pending:
-                    self._finish(pending)
+                    self._finish(pending.done_before(done_s, self.last_done_s))
                 pending = _Pending(step, metrics, began_s, waited_s, done_s)
                 if signals.exit_code is not None or self._is_due(step):
                     self._finish(pending, state)

@@ -14,19 +14,21 @@ from meshlm.training.config import RunConfig
 
 # Weights, two moments of the optimizer and the gradient, float32 each.
 _STATE_BYTES = 16
-_LOGIT_BYTES = 4
+_FLOAT_BYTES = 4
 
 
 def least_memory_bytes(record: RunConfig, mesh: MeshConfig) -> tuple[int, int]:
-    """Returns (bytes of the state and the gradients, bytes of the logits) over all devices.
+    """Returns (bytes of the state and the gradients, bytes of activations) over all devices.
 
-    What activations take comes on top, so a run that needs no more than this may still not fit.
+    Of the activations only what every way to compute keeps is counted: the residual stream before
+    each layer, and the logits that exist at once. So what needs no more may still not fit.
     """
-    state = _STATE_BYTES * count_params(record.model) * mesh.replica
+    model = record.model
+    state = _STATE_BYTES * count_params(model) * mesh.replica
     tokens = record.batch_size // record.accumulate * record.seq_len
-    if cpu.is_faster(jnp.dtype(record.compute_dtype)) and mesh.num_devices == 1:
-        tokens = min(tokens, CHUNK_ROWS)
-    return state, _LOGIT_BYTES * tokens * record.model.vocab_size
+    chunked = cpu.is_faster(jnp.dtype(record.compute_dtype)) and mesh.num_devices == 1
+    logits = (min(tokens, CHUNK_ROWS) if chunked else tokens) * model.vocab_size
+    return state, _FLOAT_BYTES * (tokens * model.num_layers * model.d_model + logits)
 
 
 def check_memory(record: RunConfig, mesh: MeshConfig) -> None:
@@ -41,11 +43,11 @@ def check_memory(record: RunConfig, mesh: MeshConfig) -> None:
         there = facts.memory_bytes * mesh.num_devices
     else:
         return
-    state, logits = least_memory_bytes(record, mesh)
-    if state + logits > there:
+    state, activations = least_memory_bytes(record, mesh)
+    if state + activations > there:
         raise UsageError(
-            f"this run needs more than {(state + logits) / 1e9:,.1f} GB of memory "
-            f"({state / 1e9:,.1f} for weights, optimizer and gradients, {logits / 1e9:,.1f} for "
-            f"logits) and {there / 1e9:,.1f} GB are there: choose a smaller --preset or "
+            f"this run needs more than {(state + activations) / 1e9:,.1f} GB of memory "
+            f"({state / 1e9:,.1f} for weights, optimizer and gradients, {activations / 1e9:,.1f} "
+            f"for activations) and {there / 1e9:,.1f} GB are there: choose a smaller --preset or "
             "--batch-size, raise --accumulate, or use more devices"
         )
