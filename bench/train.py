@@ -191,6 +191,8 @@ class Contestant:
 
     kind: str
     python: str
+    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Added to its environment."""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     losses: list[float] = dataclasses.field(default_factory=list)
     """Of the latest process."""
@@ -210,7 +212,10 @@ class Contestant:
         for field in dataclasses.fields(shape):
             command += [f"--{field.name.replace('_', '-')}", str(getattr(shape, field.name))]
         self.losses = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        environment = os.environ | self.variables
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 self._take(json.loads(line), shape, warmup)
@@ -250,6 +255,7 @@ class Contestant:
         return {
             "name": self.name,
             "kind": self.kind,
+            "variables": self.variables,
             "versions": self.versions,
             "tokens_per_s": round(shape.tokens_per_step / step_s, 1),
             "step_s": round(step_s, 6),
@@ -335,6 +341,11 @@ def parser() -> argparse.ArgumentParser:
         help="interpreter with MeshLM; may be given several times "
         "[.venv/bin/python and .venv-parity/bin/python]",
     )
+    options.add_argument(
+        "--torch-huge-pages",
+        action="store_true",
+        help="give torch the huge pages too that `meshlm train` gives itself",
+    )
     options.add_argument("--rounds", type=positive, default=3, help="turns of everyone [3]")
     options.add_argument("--warmup", type=int, default=2, help="first steps left out [2]")
     for name, default in (
@@ -371,8 +382,13 @@ def main() -> None:
     for python in (given.torch_python, *pythons):
         if not os.access(python, os.X_OK):
             options.error(f"{python} is no interpreter: `make bench` prepares them")
-    contestants = [Contestant("torch", given.torch_python)]
-    contestants += [Contestant("meshlm", python) for python in pythons]
+    from meshlm.core.platform import huge_page_variables  # not where torch's worker runs
+
+    # As `meshlm train` starts itself; torch's users start it as it is.
+    variables = huge_page_variables()
+    for_torch = variables if given.torch_huge_pages else {}
+    contestants = [Contestant("torch", given.torch_python, for_torch)]
+    contestants += [Contestant("meshlm", python, variables) for python in pythons]
     compare(contestants, shape, given.rounds, given.warmup)
 
 

@@ -228,3 +228,26 @@ def test_help_needs_no_jax(cli):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=cli.environment(), capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("command", "again"), [("train", True), ("generate", False)])
+def test_training_begins_again_on_huge_pages(command, again, monkeypatch):
+    class BeganAgainError(Exception):
+        pass
+
+    def execve(program, arguments, environment):
+        assert program == sys.executable
+        assert arguments[-2:] == [command, "--help"]
+        assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+        raise BeganAgainError
+
+    variables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    monkeypatch.setattr(entry, "huge_page_variables", lambda: variables)
+    monkeypatch.setattr("os.execve", execve)
+    monkeypatch.setattr("sys.argv", ["meshlm", command, "--help"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "meshlm", command, "--help"])
+    if again:
+        with pytest.raises(BeganAgainError):
+            entry.main()
+    else:
+        assert entry.main() == 0

@@ -160,3 +160,27 @@ def test_the_facts_of_a_tpu(monkeypatch, kind, chip_teraflops, devices_a_chip):
     facts = platform.device_facts()
     assert (facts.kind, facts.platform, facts.count) == (kind, "tpu", 16)
     assert facts.peak_flops == chip_teraflops * 1e12 / devices_a_chip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tunables", "given"),
+    [
+        ("always [madvise] never", None, True),
+        ("[always] madvise never", None, False),
+        ("always madvise [never]", None, False),
+        ("always [madvise] never", "glibc.malloc.check=1", False),
+        (None, None, False),
+    ],
+)
+def test_huge_pages_are_asked_for_where_that_is_a_choice(
+    kernel, tunables, given, tmp_path, monkeypatch
+):
+    setting = tmp_path / "enabled"
+    if kernel is not None:
+        setting.write_text(kernel + "\n")
+    monkeypatch.setattr(platform, "_HUGE_PAGES", setting)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    wanted = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if given else {}
+    assert platform.huge_page_variables() == wanted

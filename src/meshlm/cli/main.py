@@ -16,8 +16,10 @@ from typing import Any
 from meshlm.cli.help import command_help
 from meshlm.cli.parse import parse
 from meshlm.core.errors import MeshLMError, StoppedError, UsageError
+from meshlm.core.platform import huge_page_variables
 
 _HELP = ("-h", "--help")
+_TRAINING = (["train"], ["demo"])
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,24 @@ COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of `meshlm ARGUMENTS...` (the process's own, unless given)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and words[:1] in _TRAINING:
+        _begin_again_on_huge_pages()
     verbose = "--verbose" in words
     words = [word for word in words if word != "--verbose"]
     if not verbose:
         # Orbax logs tracebacks of what it raises again and what we then say in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     return _guarded(lambda: _run(words), verbose)
+
+
+def _begin_again_on_huge_pages() -> None:
+    """Replaces this process by itself in the environment that training is faster in, if any is.
+
+    The C library reads its settings when a process begins, so they cannot be changed in it.
+    """
+    variables = huge_page_variables()
+    if variables:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | variables)
 
 
 def _run(words: list[str]) -> int:

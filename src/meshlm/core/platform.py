@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -75,6 +76,26 @@ def configure() -> None:
             f"({missing[0].reason}): import meshlm first, set that variable, or take JAX 0.12"
         )
     os.environ["XLA_FLAGS"] = " ".join([*words, text])
+
+
+_TUNABLES = "GLIBC_TUNABLES"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def huge_page_variables() -> dict[str, str]:
+    """Returns the environment in which a new process's large arrays lie on huge pages.
+
+    XLA takes the memory of a step anew from the C library each time, gigabytes of it on a CPU, and
+    the kernel hands that out page by page: a fifth of the time of a training step at 4 KiB a page.
+    Empty where the C library or the kernel has no such choice, or the user has made it.
+    """
+    try:
+        is_a_choice = "[madvise]" in _HUGE_PAGES.read_text()
+    except OSError:
+        return {}
+    if not is_a_choice or _TUNABLES in os.environ:
+        return {}
+    return {_TUNABLES: "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
