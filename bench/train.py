@@ -107,7 +107,7 @@ def train_meshlm(shape: Shape, tokens_path: str) -> Iterator[dict[str, str] | fl
     import jax
     import numpy as np
 
-    from meshlm.core.sharding import make_mesh
+    from meshlm.core.sharding import MeshConfig, make_mesh
     from meshlm.data.loader import Batch
     from meshlm.model.config import ModelConfig
     from meshlm.optim import OptimizerConfig
@@ -149,7 +149,7 @@ def train_meshlm(shape: Shape, tokens_path: str) -> Iterator[dict[str, str] | fl
         accumulate=1,
         z_loss=0.0,
         compute_dtype="bfloat16",
-    ).step_config(None)
+    ).step_config(None, MeshConfig())
     mesh = make_mesh(devices=jax.devices()[:1])
     # As with HF's labels, the last token of a row predicts nothing.
     loss_mask = np.ones((shape.batch_size, shape.seq_len), np.float32)

@@ -53,7 +53,10 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     """Global norm before clipping."""
     micro_grad_square: Float[Array, ""]
-    """Mean over the accumulated parts of the squared norm of each part's own mean gradient."""
+    """Mean over the accumulated parts of the squared norm of each part's gradient, times the parts.
+
+    With equal numbers of counted tokens that is the part's own mean gradient.
+    """
     learning_rate: Float[Array, ""]
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]

@@ -63,7 +63,7 @@ class TrainConfig:
     """Operands of the matrix products; weights and sums are float32. [bfloat16]"""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     remat: Remat | None = None
-    """What the backward pass computes again to save memory. [none, full from 1e9 weights on]"""
+    """What is computed again to save memory. [none; minimal with --mesh.data; full from 1e9]"""
     checkpoint_every: int = 200
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
@@ -148,12 +148,14 @@ class RunConfig:
     z_loss: float
     compute_dtype: Literal["bfloat16", "float32"]
 
-    def step_config(self, remat: Remat | None) -> StepConfig:
+    def step_config(self, remat: Remat | None, mesh: MeshConfig) -> StepConfig:
         """Returns what the compiled step depends on."""
         large = count_params(self.model) >= 1e9
+        # What is not computed again is kept, the weights that were gathered over `data` included.
+        kept = "minimal" if mesh.data > 1 else "none"
         compute = Compute(
             dtype=self.compute_dtype,
-            remat=remat or ("full" if large else "none"),
+            remat=remat or ("full" if large else kept),
             scan_layers=self.model.num_layers > _MOST_UNROLLED_LAYERS,
         )
         return StepConfig(

@@ -193,7 +193,7 @@ class _Run:
             seed=record.seed,
             document_mask=record.document_mask,
         )
-        self.step_config = record.step_config(config.remat)
+        self.step_config = record.step_config(config.remat, config.mesh)
         self.validator = Validator(stores, record, self.step_config, mesh, config.eval_tokens)
         self.abstract = abstract_state(self.step_config, mesh)
         self.checkpoints = config.run / CHECKPOINTS_FOLDER

@@ -20,7 +20,7 @@ def measure_step_s(record: RunConfig, mesh_config: MeshConfig) -> float:
     The state and the batch are made for it and dropped again.
     """
     mesh = make_mesh(mesh_config)
-    step_config = record.step_config(None)
+    step_config = record.step_config(None, mesh_config)
     first, last = local_rows(mesh, record.batch_size)
     shape = (last - first, record.seq_len)
     zeros = np.zeros(shape, np.int32)
