@@ -17,12 +17,11 @@ from meshlm.checkpoint import (
     restore_latest,
     step_path,
 )
-from meshlm.checkpoint.folder import ARRAYS_NAME, steps_in
+from meshlm.checkpoint.folder import steps_in
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import device_facts
-from meshlm.core.sharding import make_mesh
 from meshlm.core.tree import from_named, to_named
-from meshlm.data.loader import BatchSource, parse_mixture
+from meshlm.data.loader import BatchSource
 from meshlm.data.store import TokenStore
 from meshlm.model.params import count_params
 from meshlm.step import (
@@ -34,17 +33,8 @@ from meshlm.step import (
     init_state,
 )
 from meshlm.training.batches import local_rows, to_device
-from meshlm.training.config import (
-    RunConfig,
-    StoreRecord,
-    TrainConfig,
-    check_batch,
-    continued_run,
-    first_difference,
-    new_run,
-)
-from meshlm.training.lock import LOCK_NAME, RunLock
-from meshlm.training.memory import check_memory
+from meshlm.training.config import RunConfig, TrainConfig, first_difference
+from meshlm.training.lock import RunLock
 from meshlm.training.metrics import (
     MetricsLog,
     NoiseScale,
@@ -59,19 +49,17 @@ from meshlm.training.run_folder import (
     CONFIG_FILE,
     add_incident,
     parse_config,
-    read_config,
     write_config,
     write_samples,
 )
 from meshlm.training.saved import saved_files, saved_noise
 from meshlm.training.signals import StopSignals
+from meshlm.training.start import make_folder, refuse_foreign_folder, resolve
 from meshlm.training.validation import Validator, check_sample_prompts, sample_texts
 
 _MAX_SKIPPED_IN_A_ROW = 10
 # The checks of the disk look so far into the run: enough for any --keep that fits.
 _MOST_SAVES_AHEAD = 1000
-# What a run that was killed at its very beginning leaves.
-_BEFORE_CONFIG = (LOCK_NAME, f"{CONFIG_FILE}.partial")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,63 +84,14 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         MeshLMError: ten losses or gradients in a row were not finite, or the last save failed.
     """
     console = console or Console()
-    _refuse_foreign_folder(config.run)
+    refuse_foreign_folder(config.run)
     if not config.run.exists():
-        _resolve(config)  # so that a mistake leaves no folder behind
-        _make_folder(config.run)
+        resolve(config)  # so that a mistake leaves no folder behind
+        make_folder(config.run)
     with RunLock(config.run):
-        record, stores, mesh = _resolve(config)
+        record, stores, mesh = resolve(config)
         with jax.set_mesh(mesh):
             return _Run(config, record, stores, mesh, console).train()
-
-
-def _refuse_foreign_folder(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise UsageError(f"--run {run} is a file: give a folder")
-    if not run.exists():
-        return
-    if (run / ARRAYS_NAME).exists():
-        raise UsageError(f"--run {run} is a checkpoint: give the folder of its run")
-    if (run / CONFIG_FILE).exists():
-        return
-    others = sorted(p.name for p in run.iterdir() if p.name not in _BEFORE_CONFIG)
-    if others:
-        raise UsageError(
-            f"--run {run} is no run and not empty (it holds {others[0]}): give another folder"
-        )
-
-
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run {run}: {error.strerror}; give a folder that can be made") from None
-
-
-def _resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.sharding.Mesh]:
-    """Returns the run's record, new or continued, its opened stores, and the mesh to train on."""
-    before = read_config(config.run)
-    if config.data is None and before is None:
-        raise UsageError("--data is missing: give a token store (meshlm data prepare makes one)")
-    if config.data is not None:
-        mixture = parse_mixture(config.data)
-    else:
-        assert before is not None
-        mixture = [(Path(store.path), store.weight) for store in before.data]
-    stores = [TokenStore.open(path) for path, _ in mixture]
-    records = tuple(
-        StoreRecord(path=str(path.absolute()), weight=weight, fingerprint=store.fingerprint)
-        for (path, weight), store in zip(mixture, stores, strict=True)
-    )
-    if before is None:
-        tokenizer = stores[0].tokenizer
-        record = new_run(config, records, tokenizer.fingerprint, tokenizer.vocab_size)
-    else:
-        record = continued_run(config, before, records)
-    check_batch(record, config.mesh)
-    mesh = make_mesh(config.mesh)
-    check_memory(record, config.mesh)
-    return record, stores, mesh
 
 
 class _Pending(NamedTuple):
