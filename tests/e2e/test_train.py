@@ -120,7 +120,7 @@ def lines_whole(run: Path) -> list[str]:
 
 @pytest.mark.long
 @BOTH
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_killed_at_any_moment(straight, cli, compiled, tmp_path, seed):
     options, undisturbed = straight
     options = (*options, "--checkpoint-every", "1")
