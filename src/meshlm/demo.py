@@ -1,6 +1,8 @@
 """`meshlm demo`: a GPT-J trained on the Python standard library found here, in a few minutes."""
 
 import dataclasses
+import shutil
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -138,14 +140,16 @@ def _say_what_next(
         ("curves and samples", run / "report.html"),
     ):
         _say(console, f"  {what:<19}{where}")
+    # Whoever comes by `make demo` has no meshlm on the PATH.
+    program = "meshlm" if shutil.which("meshlm") else sys.argv[0]
     _say(console, "Try next:")
     for command in (
-        f'meshlm generate {run} --prompt "def main(" --temperature 0.7',
-        f"meshlm train --run {run} --steps {2 * result.step}",
-        f"meshlm data inspect {store}",
-        f"meshlm verify {run}",
+        f'generate {run} --prompt "def main(" --temperature 0.7',
+        f"train --run {run} --steps {2 * result.step}",
+        f"data inspect {store}",
+        f"verify {run}",
     ):
-        _say(console, f"  {command}")
+        _say(console, f"  {program} {command}")
 
 
 def _say(console: Console, text: str) -> None:
