@@ -37,9 +37,22 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Counts:
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+    def __str__(self) -> str:
+        outcomes = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+        return f"{outcomes} in {self.seconds:.0f}s"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     ok: bool
     line: str
+    counts: Counts | None = None
 
 
 def main(arguments: list[str]) -> int:
@@ -58,14 +71,30 @@ def main(arguments: list[str]) -> int:
     if oldest is None:
         lost = ".venv-parity: no parity tests: no CPU build of torch (see the first lines)"
         outcomes.append(Outcome(ok=not in_ci(), line=f"SKIPPED  {lost}"))
-    else:
+    elif not long or named or has_long_parity_tests():
         twin = long or oldest.jax == newest.jax
         folders = [] if named else ["tests/parity"] if twin else ["tests/unit", "tests/parity"]
         outcomes.append(run_pytest(oldest, folders, select(long, parity=None), long, extra))
     print("\nsummary" + (" of the long tests" if long else ""))
     for outcome in outcomes:
         print("  " + outcome.line)
+    counts = [outcome.counts for outcome in outcomes if outcome.counts is not None]
+    print(f"== {add_up(counts)} ==")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+def add_up(parts: list[Counts]) -> Counts:
+    return Counts(
+        passed=sum(part.passed for part in parts),
+        failed=sum(part.failed for part in parts),
+        skipped=sum(part.skipped for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def has_long_parity_tests() -> bool:
+    files = (ROOT / "tests" / "parity").glob("test_*.py")
+    return any("mark.long" in file.read_text() for file in files)
 
 
 def in_ci() -> bool:
@@ -115,23 +144,26 @@ def run_pytest(
         counts = read_counts(report)
     # No long tests, or none that the caller's arguments choose, is fine; else none is a broken run.
     ok = code == 0 or (code == NO_TESTS and (long or bool(extra)))
-    return Outcome(
-        ok=ok, line=f"{'ok      ' if ok else 'FAILED  '} {environment.describe()}: {counts}"
-    )
+    said = counts or "pytest ended before it could report"
+    line = f"{'ok      ' if ok else 'FAILED  '} {environment.describe()}: {said}"
+    return Outcome(ok=ok, line=line, counts=counts)
 
 
-def read_counts(report: Path) -> str:
+def read_counts(report: Path) -> Counts | None:
     if not report.exists():
-        return "pytest ended before it could report"
+        return None
     suites = ElementTree.parse(report).getroot().iter("testsuite")
     total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0, "time": 0.0}
     for suite in suites:
         for name in total:
             total[name] += float(suite.get(name, 0))
     failed = total["failures"] + total["errors"]
-    passed = total["tests"] - failed - total["skipped"]
-    skipped, seconds = total["skipped"], total["time"]
-    return f"{passed:.0f} passed, {failed:.0f} failed, {skipped:.0f} skipped in {seconds:.0f} s"
+    return Counts(
+        passed=int(total["tests"] - failed - total["skipped"]),
+        failed=int(failed),
+        skipped=int(total["skipped"]),
+        seconds=total["time"],
+    )
 
 
 if __name__ == "__main__":
