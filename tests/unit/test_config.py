@@ -92,7 +92,7 @@ def test_padding_is_the_least_that_will_do(size):
     assert size <= rows < size + 128
 
 
-SIZES = [field.name for field in dataclasses.fields(ModelConfig)]
+SIZES = [f.name for f in dataclasses.fields(ModelConfig) if f.type is not bool]
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -34,9 +34,14 @@ LEVELS = {
     "__init__": 6,
     "__main__": 6,
 }
-# Neighbours that know each other: a step is what an optimizer does to a state, and the demo is
-# written on what every user has.
-NEIGHBOURS = {("step", "optim"), ("demo", "api")}
+# Neighbours that know each other: a step is what an optimizer does to a state, the demo is written
+# on what every user has, and a conversion reads and writes checkpoints and tokenizers.
+NEIGHBOURS = {
+    ("step", "optim"),
+    ("demo", "api"),
+    ("conversion", "data"),
+    ("conversion", "checkpoint"),
+}
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "manager")
 # Pure rooms: no file, network or log.
 PURE = ("ops", "model", "optim", "step")

@@ -32,11 +32,13 @@ class ModelConfig:
     """Added to the variance in every layer norm."""
     rotary_base: float = 10_000.0
     """Base of the rotary wavelengths."""
+    embedding_bias: bool = False
+    """A vector is added to every embedding, as in the original's own checkpoints."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
+            if field.type is not bool and not value > 0:
                 raise UsageError(f"{field.name} is {value}: give a positive number")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise UsageError(

@@ -47,6 +47,8 @@ class Params:
     final_norm_offset: Float[Array, "D"]
     head: Float[Array, "V D"]
     head_bias: Float[Array, "V"]
+    embedding_bias: Float[Array, "D"] | None = None
+    """Added to every embedding; None in a model without one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def describe(config: ModelConfig) -> PyTree:
         final_norm_offset=vector((D,), (None,)),
         head=matrix((V, D), ("vocab", "embed"), read_std),
         head_bias=vector((V,), ("vocab",)),
+        embedding_bias=vector((D,), (None,)) if config.embedding_bias else None,
     )
 
 

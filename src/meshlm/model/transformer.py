@@ -115,7 +115,8 @@ def embed(params: Params, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]
     """Returns the float32 embedding of each token."""
     with jax.named_scope("embed"):
         table = reshard(params.embedding, None, "table_embed", gathered=True)
-        return lookup(table.astype(jnp.float32), tokens_BT)
+        x_BTD = lookup(table.astype(jnp.float32), tokens_BT)
+        return x_BTD if params.embedding_bias is None else add_bias(x_BTD, params.embedding_bias)
 
 
 def unembed(
