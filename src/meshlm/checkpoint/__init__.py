@@ -20,6 +20,7 @@ layer can be read or written alone; an array that is not sharded has exactly one
 
 Orbax takes no chunk shape, but splits storage along chosen dims down to size 1: dim 0, here. An
 array that is sharded over devices has one chunk a layer and shard, whichever process holds it.
+`LayerWriter` writes a checkpoint a layer at a time, and cuts what is no stack into chunks of rows.
 
 Several processes must see the same file system. All call `save`, `wait` and `restore` together;
 process 0 writes the small files, the checksums and the manifest.
@@ -33,6 +34,7 @@ from meshlm.checkpoint.folder import (
     step_of,
     step_path,
 )
+from meshlm.checkpoint.layers import LayerReader, LayerWriter, add_file
 from meshlm.checkpoint.manifest import (
     FORMAT_VERSION,
     ArrayInfo,
@@ -52,8 +54,11 @@ __all__ = [
     "Checkpointer",
     "Damage",
     "FileInfo",
+    "LayerReader",
+    "LayerWriter",
     "Manifest",
     "Restored",
+    "add_file",
     "check_free_disk",
     "clean_leftovers",
     "complete_steps",

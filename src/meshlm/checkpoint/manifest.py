@@ -101,6 +101,11 @@ def hash_files(folder: Path, *, sync: bool = False) -> dict[str, FileInfo]:
     return {name: info for (name, _), info in zip(wanted, infos, strict=True)}
 
 
+def hash_bytes(data: bytes) -> FileInfo:
+    """Length and SHA-256 of a file with these bytes."""
+    return FileInfo(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Writes a new file whose bytes are on disk when this returns; its name needs `sync_folder`."""
     with open(path, "xb") as file:

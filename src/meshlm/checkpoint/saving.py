@@ -144,7 +144,7 @@ class Checkpointer:
             clean_leftovers(self._folder)
             target.mkdir()
         failpoint("before-arrays")
-        context = _saving_context(self._is_stacked)
+        context = saving_context(self._is_stacked)
         with context:
             response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
         infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
@@ -178,19 +178,7 @@ class Checkpointer:
     def _write_rest(
         self, step: int, arrays: Mapping[str, ArrayInfo], files: Mapping[str, bytes]
     ) -> None:
-        target = saving_path(self._folder, step)
-        failpoint("arrays-written")
-        for name, data in files.items():
-            write_file(target / name, data)
-        manifest = Manifest(
-            step=step,
-            versions=library_versions(),
-            arrays=arrays,
-            files=hash_files(target, sync=True),
-        )
-        failpoint("before-manifest")
-        write_file(target / MANIFEST_NAME, manifest.to_json())
-        sync_folder(target)
+        seal(saving_path(self._folder, step), step, arrays, files)
         failpoint("before-rename")
         publish(self._folder, step)
         failpoint("after-rename")
@@ -233,7 +221,26 @@ def failpoint(name: str) -> None:
     raise OSError(errno.ENOSPC, "failpoint", name)
 
 
-def _saving_context(is_stacked: Callable[[str], bool]) -> ocp.Context:
+def seal(
+    folder: Path, step: int, arrays: Mapping[str, ArrayInfo], files: Mapping[str, bytes]
+) -> None:
+    """Writes the small files and, when all is on disk, the manifest that makes it a checkpoint."""
+    failpoint("arrays-written")
+    for name, data in files.items():
+        write_file(folder / name, data)
+    manifest = Manifest(
+        step=step,
+        versions=library_versions(),
+        arrays=arrays,
+        files=hash_files(folder, sync=True),
+    )
+    failpoint("before-manifest")
+    write_file(folder / MANIFEST_NAME, manifest.to_json())
+    sync_folder(folder)
+
+
+def saving_context(is_stacked: Callable[[str], bool]) -> ocp.Context:
+    """How Orbax stores arrays here: not compressed, stacks in chunks of one layer."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
     def storage(key: Any, value: Any) -> Any:
