@@ -33,6 +33,9 @@ class OptimizerConfig:
     """Decay of Adam's second moment."""
     adam_epsilon: float = 1e-8
     """Added to the root of Adam's second moment."""
+    bias_shares: int = 1
+    """Shares in which the original keeps each bias that it sums over its shards, one a shard: it is
+    counted so often in the gradient's norm, and moves so many times the learning rate. 1: whole."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "end_learning_rate", "weight_decay"):
@@ -41,6 +44,7 @@ class OptimizerConfig:
             _require(self, name, getattr(self, name) > 0, "a positive number")
         for name in ("warmup_steps", "anneal_steps"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(self, "bias_shares", self.bias_shares >= 1, "1 or more")
         for name in ("adam_b1", "adam_b2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "0 or more and less than 1")
 
@@ -62,21 +66,56 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""] | int) -> Float[
     return jnp.asarray(warm * config.learning_rate - fall, jnp.float32)
 
 
-def make_optimizer(config: OptimizerConfig, decay_mask: PyTree) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, decay_mask: PyTree, shared_mask: PyTree
+) -> optax.GradientTransformation:
     """Returns the transformation of gradients into updates, before the factor -learning rate.
 
     Args:
         config: the knobs.
         decay_mask: a tree like the parameters, True where weight decay pulls.
+        shared_mask: a tree like the parameters, True for the biases that `bias_shares` is about.
     """
+    shares = _shares(config, shared_mask)
     return optax.named_chain(
-        ("clip", optax.clip_by_global_norm(config.clip_norm)),
+        ("clip", optax.stateless(lambda grads, _: _clip(grads, shares, config.clip_norm))),
         (
             "adam",
             optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_epsilon),
         ),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay_mask)),
+        ("shares", optax.stateless(lambda updates, _: _times(updates, shares))),
     )
+
+
+def _clip(grads: PyTree, shares: PyTree, limit: float) -> PyTree:
+    norm = _norm(grads, shares)
+    return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), grads)
+
+
+def _times(updates: PyTree, shares: PyTree) -> PyTree:
+    return jax.tree.map(lambda u, count: u if count == 1 else u * count, updates, shares)
+
+
+def gradient_norm(config: OptimizerConfig, grads: PyTree, shared_mask: PyTree) -> Float[Array, ""]:
+    """Returns the global norm by which gradients are clipped.
+
+    A bias in shares counts once a share, because each of them has the gradient of their sum.
+
+    Source: mesh-transformer-jax, util.py:29-33.
+    """
+    return _norm(grads, _shares(config, shared_mask))
+
+
+def _shares(config: OptimizerConfig, shared_mask: PyTree) -> PyTree:
+    return jax.tree.map(lambda shared: config.bias_shares if shared else 1, shared_mask)
+
+
+def _norm(grads: PyTree, shares: PyTree) -> Float[Array, ""]:
+    squares = jax.tree.map(
+        lambda g, count: count * jnp.sum(jnp.square(g.astype(jnp.float32))), grads, shares
+    )
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def apply_updates(params: PyTree, updates: PyTree, rate: Float[Array, ""]) -> PyTree:

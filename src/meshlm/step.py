@@ -5,7 +5,7 @@ Dim letters: A accumulation, B batch, T time.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.tree import PyTree, pytree
+from meshlm.core.tree import PyTree, cast_floating, pytree
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Params, decay_mask, init_params
+from meshlm.model.params import Params, decay_mask, init_params, shared_mask
 from meshlm.model.transformer import Compute, hidden_states, summed_loss
-from meshlm.optim import OptimizerConfig, apply_updates, learning_rate, make_optimizer
+from meshlm.optim import (
+    OptimizerConfig,
+    apply_updates,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+)
 
 
 @pytree
@@ -81,12 +87,19 @@ class StepConfig:
     """Parts into which the batch is cut; their gradients are added."""
     z_loss: float = 0.0
     """Weight of the original's penalty on the log-sum-exp relative to the largest logit."""
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights are rounded to it before the passes, and gradients are of it and added up in it; the
+    optimizer and its weights stay float32."""
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """Returns the optimizer of this model's parameters."""
+        return make_optimizer(self.optimizer, decay_mask(self.model), shared_mask(self.model))
 
 
 def init_state(config: StepConfig, seed: int) -> TrainState:
     """Returns the state before the first step, drawn from `seed`; call it in a mesh, under jit."""
     params = init_params(config.model, jax.random.key(seed))
-    optimizer = make_optimizer(config.optimizer, decay_mask(config.model))
+    optimizer = config.make_optimizer()
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -122,7 +135,9 @@ def batch_loss(
 def loss_and_grads(
     params: Params, batch: StepBatch, config: StepConfig
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
-    """Returns (mean loss, its gradient, mean squared norm of the parts' own gradients)."""
+    """Returns (mean loss, its float32 gradient, mean squared norm of the parts' own gradients)."""
+    params = cast_floating(params, config.weight_dtype)
+    shared = shared_mask(config.model)
     parts = config.accumulate
     count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
 
@@ -131,17 +146,20 @@ def loss_and_grads(
 
     if parts == 1:
         loss, grads = jax.value_and_grad(part_loss)(params, batch)
-        return loss, grads, jnp.square(optax.tree.norm(grads))
+        square = jnp.square(gradient_norm(config.optimizer, grads, shared))
+        return loss, cast_floating(grads, jnp.float32), square
 
     def add(carry: tuple, part: StepBatch) -> tuple[tuple, None]:
         loss, grads, square = carry
         part_value, part_grads = jax.value_and_grad(part_loss)(params, part)
-        square += jnp.square(parts * optax.tree.norm(part_grads)) / parts
+        norm = gradient_norm(config.optimizer, part_grads, shared)
+        square += jnp.square(parts * norm) / parts
         return (loss + part_value, jax.tree.map(jnp.add, grads, part_grads), square), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     start = (jnp.zeros(()), zeros, jnp.zeros(()))
-    return jax.lax.scan(add, start, _cut(batch, parts))[0]
+    loss, grads, square = jax.lax.scan(add, start, _cut(batch, parts))[0]
+    return loss, cast_floating(grads, jnp.float32), square
 
 
 def _cut(batch: StepBatch, parts: int) -> StepBatch:
@@ -162,9 +180,9 @@ def train_step(
     """
     grads: PyTree
     loss, grads, micro_square = loss_and_grads(state.params, batch, config)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = gradient_norm(config.optimizer, grads, shared_mask(config.model))
     rate = learning_rate(config.optimizer, state.step)
-    optimizer = make_optimizer(config.optimizer, decay_mask(config.model))
+    optimizer = config.make_optimizer()
     params: PyTree = state.params
     updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

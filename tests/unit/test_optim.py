@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshlm.core.errors import UsageError
 from meshlm.core.tree import to_named
-from meshlm.model.params import decay_mask
+from meshlm.model.params import decay_mask, shared_mask
 from meshlm.optim import OptimizerConfig, apply_updates, learning_rate, make_optimizer
 from tiny import CONFIG, OPTIMIZER, assert_trees_close, draw_params
 
@@ -104,7 +104,7 @@ def adamw(params, gradients, config, decayed):
 
 
 def run(params, gradients, config, mask):
-    optimizer = make_optimizer(config, mask)
+    optimizer = make_optimizer(config, mask, jax.tree.map(lambda _: False, mask))
 
     @jax.jit
     def step(params, state, grads, number):
@@ -160,7 +160,9 @@ def test_without_a_gradient_only_the_matrices_shrink():
 def test_clipping_scales_all_tensors_by_one_factor():
     grads = {"a": jnp.full((9,), 3.0), "b": jnp.full((16,), 1.0)}  # norm sqrt(81 + 16)
     optimizer = make_optimizer(
-        dataclasses.replace(OPTIMIZER, clip_norm=0.5), jax.tree.map(bool, {"a": 1, "b": 1})
+        dataclasses.replace(OPTIMIZER, clip_norm=0.5),
+        {"a": True, "b": True},
+        {"a": False, "b": False},
     )
     _, state = optimizer.update(grads, optimizer.init(grads), grads)
     # Adam's first moment after a step is a tenth of what it was given.
@@ -171,7 +173,7 @@ def test_clipping_scales_all_tensors_by_one_factor():
 
 def test_the_optimizers_state_has_names_for_checkpoints():
     params = draw_params(CONFIG)
-    state = make_optimizer(OPTIMIZER, decay_mask(CONFIG)).init(params)
+    state = make_optimizer(OPTIMIZER, decay_mask(CONFIG), shared_mask(CONFIG)).init(params)
     names = list(to_named(state))
     assert "adam.count" in names
     assert "adam.mu.blocks.query" in names

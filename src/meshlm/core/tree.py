@@ -61,7 +61,7 @@ def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTr
     )
 
 
-def cast_floating(tree: PyTree, dtype: jnp.dtype | type) -> PyTree:
+def cast_floating(tree: PyTree, dtype: Any) -> PyTree:
     """Returns `tree` with every floating-point leaf in `dtype`; integers stay as they are."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree

@@ -33,6 +33,8 @@ from meshlm.data.bpe import (
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FINGERPRINT = "36636125b8f0af3115a3df0930dfecd8acdc211ce90db64d658da7bcc1f331e8"
+# What fills GPT-J's vocabulary from GPT-2's 50,257 tokens to the 50,400 rows of its matrices.
+_EXTRA_TOKEN = re.compile(r"<\|extratoken_[0-9]+\|>")
 MAX_FILE_BYTES = 256 << 20
 _BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
 _PRE_TOKENIZER = _BYTE_LEVEL | {"add_prefix_space": False}
@@ -44,12 +46,14 @@ class Tokenizer:
     Attributes:
         name: "gpt2", or "bpe-" and the vocabulary's size.
         vocab_size: ids are 0 .. vocab_size - 1.
+        text_vocab_size: ids from here on are GPT-J's extra tokens, which no text ever becomes.
         end_of_text_id: id of `<|endoftext|>`, which ends each document.
         fingerprint: sha256 of `to_json()`, in hex.
     """
 
     name: str
     vocab_size: int
+    text_vocab_size: int
     end_of_text_id: int
     fingerprint: str
 
@@ -73,6 +77,8 @@ class Tokenizer:
         table |= {token: text.encode() for text, token in specials.items()}
         self._token_bytes = [table[token] for token in range(len(table))]
         self.vocab_size = len(table)
+        extra = {token for text, token in specials.items() if _EXTRA_TOKEN.fullmatch(text)}
+        self.text_vocab_size = max(token for token in table if token not in extra) + 1
         self.end_of_text_id = self._specials[END_OF_TEXT]
         self.fingerprint = hashlib.sha256(self._json).hexdigest()
         is_gpt2 = self.fingerprint == GPT2_FINGERPRINT

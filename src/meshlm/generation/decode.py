@@ -25,7 +25,7 @@ from meshlm.generation import sampling
 from meshlm.generation.config import MAX_ALTERNATIVES
 from meshlm.model.cache import Cache, init_cache
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Params, describe, unstack_blocks
+from meshlm.model.params import PRODUCT_WEIGHTS, Params, unstack_blocks
 from meshlm.model.transformer import Compute, forward_cached, unembed
 
 # Steps of one dispatch. A loop costs less than its dispatches on small models.
@@ -39,7 +39,11 @@ class Shape:
     config: ModelConfig
     compute: Compute
     allowed_vocab: int
-    """Ids from here on are padding of the vocabulary."""
+    """Ids from here on are padding of the vocabulary, in no prompt."""
+    sampled_vocab: int
+    """Ids from here on are never chosen."""
+    filters_first: bool = False
+    """The choice is limited before the temperature divides; see `sampling.process_logits`."""
 
 
 @pytree
@@ -94,16 +98,32 @@ class DecodeModel:
         compute: Compute,
         *,
         allowed_vocab: int,
+        sampled_vocab: int | None = None,
+        filters_first: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "DecodeModel":
-        """Returns the model from stacked weights, which stay as they are.
+        """Returns the model, from stacked weights or from one block a layer; they stay as they are.
+
+        Of blocks that are apart already, only what has to be cast is copied.
 
         Args:
             allowed_vocab: the tokenizer's size; ids from there on are padding.
+            sampled_vocab: ids from there on are never chosen; all are allowed unless given.
+            filters_first: see `sampling.process_logits`.
         """
-        shape = Shape(config=config, compute=compute, allowed_vocab=allowed_vocab)
+        shape = Shape(
+            config=config,
+            compute=compute,
+            allowed_vocab=allowed_vocab,
+            sampled_vocab=allowed_vocab if sampled_vocab is None else sampled_vocab,
+            filters_first=filters_first,
+        )
         with _entered(mesh):
-            return cls(params=prepare_params(params, shape=shape), shape=shape, mesh=mesh)
+            if isinstance(params.blocks, tuple):
+                ready = cast_matrices(params, compute.dtype)
+            else:
+                ready = prepare_params(params, shape=shape)
+            return cls(params=ready, shape=shape, mesh=mesh)
 
     def entered(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context in which the mesh is set."""
@@ -128,11 +148,23 @@ def prepare_params(params: Params, *, shape: Shape) -> Params:
     vectors keep their type, for they are used in float32.
     """
 
-    def cast(name: str, weight: Any, value: jax.Array) -> jax.Array:
-        used_in_products = weight.decay and name != "embedding"
-        return value.astype(shape.compute.dtype) if used_in_products else value
+    return cast_matrices(unstack_blocks(params), shape.compute.dtype)
 
-    return unstack_blocks(map_named(cast, describe(shape.config), params))
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """Returns weights with one block a layer, those of products in `dtype` if it is smaller."""
+
+    def cast(name: str, value: jax.Array) -> jax.Array:
+        is_wider = value.dtype.itemsize > jnp.dtype(dtype).itemsize
+        return value.astype(dtype) if name in PRODUCT_WEIGHTS and is_wider else value
+
+    def cast_fields(node: Any) -> Any:
+        return map_named(lambda name, value: cast(name.split(".")[-1], value), node)
+
+    return dataclasses.replace(
+        cast_fields(dataclasses.replace(params, blocks=())),
+        blocks=tuple(cast_fields(block) for block in params.blocks),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -218,7 +250,9 @@ def decode(
     ) -> tuple[DecodeState, RowProgress, Steps]:
         state, progress, steps = carry
         logits_BV = next_logits(params, state, shape)
-        scores_BV = sampling.process_logits(logits_BV, state.seen, options, shape.allowed_vocab)
+        scores_BV = sampling.process_logits(
+            logits_BV, state.seen, options, shape.sampled_vocab, shape.filters_first
+        )
         tokens_B = sampling.draw(scores_BV, options, progress.positions)
         steps = _record(steps, logits_BV, tokens_B, shape)
         return _feed(params, state, progress, tokens_B, shape), _advance(progress, tokens_B), steps
@@ -285,7 +319,7 @@ def _record(steps: Steps, logits_BV: jax.Array, tokens_B: jax.Array, shape: Shap
     )
     if steps.top_ids is None or steps.top_log_probs is None:
         return recorded
-    top_BA, ids_BA = sampling.most_probable(log_probs_BV, shape.allowed_vocab, MAX_ALTERNATIVES)
+    top_BA, ids_BA = sampling.most_probable(log_probs_BV, shape.sampled_vocab, MAX_ALTERNATIVES)
     return dataclasses.replace(
         recorded,
         top_ids=put(steps.top_ids, ids_BA),

@@ -34,12 +34,14 @@ class Generator:
         self,
         model: decode.DecodeModel,
         *,
-        end_of_text_id: int,
+        end_of_text_id: int | None,
         token_bytes: Callable[[int], bytes],
     ) -> None:
         """Makes a generator; computes nothing.
 
         Args:
+            end_of_text_id: None where there is no such token: nothing but a stop text or the length
+                ends a sample.
             token_bytes: gives the bytes of a token's text.
         """
         self._model = model
@@ -65,7 +67,7 @@ class Generator:
         Raises:
             UsageError: a prompt leaves no room in the context, or has an id that is no token.
         """
-        starts = [list(prompt) or [self._end_of_text_id] for prompt in prompts]
+        starts = [list(prompt) or start_of_text(self._end_of_text_id) for prompt in prompts]
         for index, start in enumerate(starts):
             self._check_prompt(index, start)
         context = self._model.shape.config.context_length
@@ -99,7 +101,8 @@ class Generator:
         num_rows = row_bucket(len(rows), model.batch_shards, least)
         state = self._prefill(rows, num_rows)
         options = _row_options(rows, num_rows, sampling, model.shape.config.vocab_size)
-        end_token = -1 if sampling.ignore_end_of_text else self._end_of_text_id
+        end = None if sampling.ignore_end_of_text else self._end_of_text_id
+        end_token = -1 if end is None else end
         num_steps = 1 if on_text else decode.MAX_STEPS
         while any(row.remaining for row in rows):
             began = time.perf_counter()
@@ -243,6 +246,17 @@ class _Chosen:
                 ids = self.top_ids[step, row, :num_alternatives].tolist()
                 best = dict(zip(ids, self.top_log_probs[step, row].tolist(), strict=False))
             yield int(self.tokens[step, row]), float(self.log_probs[step, row]), best
+
+
+def start_of_text(end_of_text_id: int | None) -> list[int]:
+    """Returns the token before the first one of a text: end-of-text, as in training.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if end_of_text_id is None:
+        raise UsageError("an empty prompt stands for end-of-text, and this model has no tokenizer")
+    return [end_of_text_id]
 
 
 def check_tokens(what: str, tokens: Sequence[int], allowed_vocab: int) -> None:

@@ -13,12 +13,17 @@ The order, which is that of transformers' processors:
 7. draw          the largest of logit + Gumbel noise, with a key made of (seed, prompt index, sample
                  index, position) alone.
 
+With `filters_first` steps 4 to 6 come before step 3, as in the original: they look at the
+distribution that no temperature has changed, and top_p at the mass of all tokens rather than of
+those that top_k left.
+
 Log-probabilities are of the model's own distribution: of the logits before all of this, over all
 rows of the head, as in training and in `score.py`.
 
 Dim letters: B batch, V vocabulary rows, A alternatives.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -54,6 +59,7 @@ def process_logits(
     seen_BV: Bool[Array, "B V"],
     options: RowOptions,
     allowed_vocab: int,
+    filters_first: bool = False,
 ) -> Float[Array, "B V"]:
     """Returns the logits after steps 1 to 6, -inf where a token cannot be chosen.
 
@@ -61,16 +67,37 @@ def process_logits(
 
     Args:
         seen_BV: the tokens of the prompt and of the output so far.
+        filters_first: the original's order.
+
+    Source of that order: mesh-transformer-jax, sampling.py:10-44, without its slip that top-k
+    never takes token 0 away.
     """
     ids = jax.lax.broadcasted_iota(jnp.int32, (1, logits_BV.shape[1]), 1)
     logits_BV = jnp.where(ids < allowed_vocab, logits_BV, -jnp.inf)
     logits_BV = penalise(logits_BV, seen_BV, options.repetition_penalty)
+    if filters_first:
+        return _filter_first(logits_BV, options)
     logits_BV = divide_by_temperature(logits_BV, options.temperature)
-    logits_BV = _where_used(
-        keep_top_k, logits_BV, options.top_k, options.top_k < logits_BV.shape[1]
+    return keep_min_p(_keep_top_p(_keep_top_k(logits_BV, options), options), options.min_p)
+
+
+def _filter_first(logits_BV: jax.Array, options: RowOptions) -> jax.Array:
+    parts = (
+        _keep_top_k(logits_BV, options),
+        _keep_top_p(logits_BV, options),
+        keep_min_p(logits_BV, options.min_p),
     )
-    logits_BV = _where_used(keep_top_p, logits_BV, options.top_p, options.top_p < 1)
-    return keep_min_p(logits_BV, options.min_p)
+    kept_BV = functools.reduce(jnp.minimum, parts)
+    return divide_by_temperature(kept_BV, options.temperature)
+
+
+def _keep_top_k(logits_BV: jax.Array, options: RowOptions) -> jax.Array:
+    used_B = options.top_k < logits_BV.shape[1]
+    return _where_used(keep_top_k, logits_BV, options.top_k, used_B)
+
+
+def _keep_top_p(logits_BV: jax.Array, options: RowOptions) -> jax.Array:
+    return _where_used(keep_top_p, logits_BV, options.top_p, options.top_p < 1)
 
 
 def _where_used(

@@ -19,7 +19,7 @@ from meshlm.core.errors import UsageError
 from meshlm.core.sharding import reshard
 from meshlm.generation import decode, sampling
 from meshlm.generation.buckets import prefill_parts, row_bucket
-from meshlm.generation.generate import check_tokens
+from meshlm.generation.generate import check_tokens, start_of_text
 from meshlm.model.params import Params
 from meshlm.model.transformer import unembed
 
@@ -48,7 +48,7 @@ class Likelihood(NamedTuple):
 class Scorer:
     """Scores token sequences with one model."""
 
-    def __init__(self, model: decode.DecodeModel, *, end_of_text_id: int) -> None:
+    def __init__(self, model: decode.DecodeModel, *, end_of_text_id: int | None) -> None:
         """Makes a scorer; computes nothing."""
         self._model = model
         self._end_of_text_id = end_of_text_id
@@ -87,7 +87,7 @@ class Scorer:
         Raises:
             UsageError: a pair is longer than the context together, or has an id that is no token.
         """
-        contexts = [list(context) or [self._end_of_text_id] for context, _ in pairs]
+        contexts = [list(context) or start_of_text(self._end_of_text_id) for context, _ in pairs]
         whole = [context + list(pair[1]) for context, pair in zip(contexts, pairs, strict=True)]
         likelihoods = []
         for context, scores in zip(contexts, self.token_logprobs(whole), strict=True):
@@ -150,7 +150,7 @@ def _score(
         log_probs_BCV = sampling.log_probs(logits_BCV)
         ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BCV.shape[-1]), 2)
         chosen_BC = jnp.sum(jnp.where(ids == tokens_BC[..., None], log_probs_BCV, 0.0), axis=-1)
-        allowed_BCV = jnp.where(ids < shape.allowed_vocab, logits_BCV, -jnp.inf)
+        allowed_BCV = jnp.where(ids < shape.sampled_vocab, logits_BCV, -jnp.inf)
         return chosen_BC, jnp.argmax(allowed_BCV, axis=-1) == tokens_BC
 
     def cut(x_BT: jax.Array) -> jax.Array:

@@ -51,6 +51,12 @@ class Params:
     """Added to every embedding; None in a model without one."""
 
 
+# The matrices that products take, and in the type of the products; the embedding is looked up.
+PRODUCT_WEIGHTS = frozenset(
+    ("query", "key", "value", "attention_out", "ff_in", "ff_out", "head"),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight:
     """What is to be known of one weight before it exists."""
@@ -64,6 +70,8 @@ class Weight:
     """The constant, where std is 0."""
     decay: bool = False
     """Weight decay pulls on it (matrices only)."""
+    shared: bool = False
+    """A bias of which the original keeps a share in each shard, to be summed."""
 
 
 def describe(config: ModelConfig) -> PyTree:
@@ -95,7 +103,7 @@ def describe(config: ModelConfig) -> PyTree:
         ff_in=matrix((L, F, D), (stacked, "ff", "embed"), read_std),
         ff_in_bias=vector((L, F), (stacked, "ff")),
         ff_out=matrix((L, D, F), (stacked, "embed", "ff"), write_std),
-        ff_out_bias=vector((L, D), (stacked, None)),
+        ff_out_bias=Weight(shape=(L, D), dims=(stacked, None), shared=True),
     )
     return Params(
         embedding=matrix((V, D), (None, "table_embed"), 1 / math.sqrt(V)),
@@ -104,7 +112,9 @@ def describe(config: ModelConfig) -> PyTree:
         final_norm_offset=vector((D,), (None,)),
         head=matrix((V, D), ("vocab", "embed"), read_std),
         head_bias=vector((V,), ("vocab",)),
-        embedding_bias=vector((D,), (None,)) if config.embedding_bias else None,
+        embedding_bias=Weight(shape=(D,), dims=(None,), shared=True)
+        if config.embedding_bias
+        else None,
     )
 
 
@@ -116,6 +126,11 @@ def count_params(config: ModelConfig) -> int:
 def decay_mask(config: ModelConfig) -> PyTree:
     """Returns a `Params` of bools: True where weight decay pulls."""
     return jax.tree.map(lambda weight: weight.decay, describe(config))
+
+
+def shared_mask(config: ModelConfig) -> PyTree:
+    """Returns a `Params` of bools: True for the biases that the original sums over shards."""
+    return jax.tree.map(lambda weight: weight.shared, describe(config))
 
 
 def abstract_params(

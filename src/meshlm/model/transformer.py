@@ -4,10 +4,13 @@ Dim letters: B batch, T query time, S key time, D model, N heads, H head dim, F 
 V vocabulary rows, L layers.
 
 The residual stream, the norms and the softmax are float32; products take operands of
-`Compute.dtype` and sum in float32.
+`Compute.dtype` and sum in float32. `Compute.rounded` gives up the first of these, to compute as
+transformers does.
 """
 
 import dataclasses
+import functools
+import math
 from typing import Literal
 
 import jax
@@ -37,6 +40,10 @@ class Compute:
     """What the backward pass computes again: nothing, all but the products' results, everything."""
     scan_layers: bool = True
     """One compiled layer for all (fast to compile), or each layer by itself."""
+    rotary_table: Literal["float64", "float32"] = "float64"
+    """Precision in which the rotary angles are computed; their sines are float32."""
+    rounded: bool = False
+    """Every product, norm and sum is rounded to `dtype`, and the residual stream with them."""
 
 
 def hidden_states(
@@ -47,7 +54,7 @@ def hidden_states(
     segment_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns the float32 output of the final norm for whole sequences from position 0."""
-    rotary = _rotary(config, None, tokens_BT.shape[1])
+    rotary = _rotary(config, compute, None, tokens_BT.shape[1])
     mask = causal_mask(tokens_BT.shape[1], segment_ids_BT)
 
     def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
@@ -55,13 +62,13 @@ def hidden_states(
             return _block(x_BTD, block, config, compute, rotary, mask, None)[0], None
 
     layer = _rematerialise(layer, compute.remat)
-    x_BTD = embed(params, tokens_BT)
+    x_BTD = embed(params, tokens_BT, compute)
     if compute.scan_layers:
         x_BTD, _ = jax.lax.scan(layer, x_BTD, params.blocks)
     else:
         for i in range(config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w, i=i: w[i], params.blocks))
-    return _final_norm(params, config, x_BTD)
+    return _final_norm(params, config, compute, x_BTD)
 
 
 def forward(
@@ -92,9 +99,9 @@ def forward_cached(
         positions_BT: their positions, consecutive along T.
         cache: what came before. Places at or after a row's positions are overwritten or unseen.
     """
-    rotary = _rotary(config, positions_BT, tokens_BT.shape[1])
+    rotary = _rotary(config, compute, positions_BT, tokens_BT.shape[1])
     mask = cache_mask(cache, positions_BT)
-    x_BTD = embed(params, tokens_BT)
+    x_BTD = embed(params, tokens_BT, compute)
     start_B = reshard(positions_BT[:, 0], "batch")
     layers = []
     for block, layer_cache in zip(params.blocks, cache.layers, strict=True):
@@ -108,15 +115,17 @@ def forward_cached(
             (layer_cache, start_B),
         )
         layers.append(updated)
-    return _final_norm(params, config, x_BTD), Cache(layers=tuple(layers))
+    return _final_norm(params, config, compute, x_BTD), Cache(layers=tuple(layers))
 
 
-def embed(params: Params, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def embed(params: Params, tokens_BT: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
     """Returns the float32 embedding of each token."""
     with jax.named_scope("embed"):
         table = reshard(params.embedding, None, "table_embed", gathered=True)
         x_BTD = lookup(table.astype(jnp.float32), tokens_BT)
-        return x_BTD if params.embedding_bias is None else add_bias(x_BTD, params.embedding_bias)
+        if params.embedding_bias is not None:
+            x_BTD = add_bias(x_BTD, params.embedding_bias)
+        return _rounded(x_BTD, compute)
 
 
 def unembed(
@@ -125,9 +134,9 @@ def unembed(
     """Returns float32 logits; with a `model` axis they are split by vocabulary."""
     with jax.named_scope("head"):
         head = gather(params.head, compute, "vocab", "embed")
-        return dot(x_BTD.astype(compute.dtype), head) + params.head_bias[None, None].astype(
-            jnp.float32
-        )
+        logits_BTV = dot(x_BTD.astype(compute.dtype), head)
+        bias = params.head_bias[None, None].astype(jnp.float32)
+        return _rounded(logits_BTV + bias, compute)
 
 
 def summed_loss(
@@ -163,8 +172,27 @@ def _block(
     normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
     normed = _shared_input(normed.astype(compute.dtype))
     attention, cache = _attention(normed, block, compute, rotary, mask, cached)
-    update = reshard(attention + _feed_forward(normed, block, compute), "batch", None, None)
+    feed_forward = _feed_forward(normed, block, compute)
+    if compute.rounded:
+        return _add_rounded(x_BTD, attention, feed_forward, block.ff_out_bias, compute), cache
+    update = reshard(attention + feed_forward, "batch", None, None)
     return x_BTD + add_bias(update, block.ff_out_bias), cache
+
+
+def _add_rounded(
+    x_BTD: jax.Array,
+    attention: jax.Array,
+    feed_forward: jax.Array,
+    bias: jax.Array,
+    compute: Compute,
+) -> jax.Array:
+    """Returns the sum in transformers' order, every step of it rounded."""
+    attention, feed_forward = (
+        reshard(part, "batch", None, None) for part in (attention, feed_forward)
+    )
+    feed_forward = _rounded(add_bias(feed_forward, bias), compute)
+    update = _rounded(_rounded(attention, compute) + feed_forward, compute)
+    return _rounded(update + x_BTD, compute)
 
 
 def _attention(
@@ -175,14 +203,14 @@ def _attention(
     mask: jax.Array,
     cached: tuple[LayerCache, jax.Array] | None,
 ) -> tuple[jax.Array, LayerCache | None]:
+    keep = functools.partial(_rounded, compute=compute)
     with jax.named_scope("attention"):
         q_BTNH, k_BSNH, v_BSNH = (
-            dot(x_BTD, gather(weight, compute, "heads", None, "embed"))
+            keep(dot(x_BTD, gather(weight, compute, "heads", None, "embed")))
             for weight in (block.query, block.key, block.value)
         )
-        q_BTNH = apply_rotary(q_BTNH, *rotary).astype(compute.dtype)
-        k_BSNH = apply_rotary(k_BSNH, *rotary).astype(compute.dtype)
-        v_BSNH = v_BSNH.astype(compute.dtype)
+        q_BTNH, k_BSNH = (apply_rotary(x, *rotary, keep) for x in (q_BTNH, k_BSNH))
+        q_BTNH, k_BSNH, v_BSNH = (x.astype(compute.dtype) for x in (q_BTNH, k_BSNH, v_BSNH))
         k_BNSH, v_BNSH = (x.transpose(0, 2, 1, 3) for x in (k_BSNH, v_BSNH))
         cache = None
         if cached is not None:
@@ -196,7 +224,10 @@ def _attention(
 def _feed_forward(x_BTD: jax.Array, block: Block, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
         hidden_BTF = dot(x_BTD, gather(block.ff_in, compute, "ff", "embed"))
-        hidden_BTF = jax.nn.gelu(add_bias(hidden_BTF, block.ff_in_bias))
+        hidden_BTF = add_bias(hidden_BTF, block.ff_in_bias)
+        hidden_BTF = (
+            _rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
+        )
         out = gather(block.ff_out, compute, "embed", "ff")
         return dot(hidden_BTF.astype(compute.dtype), out, partial=True)
 
@@ -209,16 +240,40 @@ def _shared_input(x_BTD: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=frozenset({"model"})))
 
 
-def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+def _final_norm(
+    params: Params, config: ModelConfig, compute: Compute, x_BTD: jax.Array
+) -> jax.Array:
     scale, offset = params.final_norm_scale, params.final_norm_offset
-    return layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon)
+    return _rounded(layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon), compute)
+
+
+def _rounded(x: jax.Array, compute: Compute) -> jax.Array:
+    """Returns float32 numbers, those that `compute.dtype` has where `compute.rounded` is set."""
+    if not compute.rounded or compute.dtype == "float32":
+        return x
+    # A cast there and back is one that the compiler may leave out.
+    kept = jnp.finfo(compute.dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+
+
+def _rounded_gelu(x: jax.Array, compute: Compute) -> jax.Array:
+    """Returns the tanh GELU in transformers' steps, each of them rounded."""
+    x = _rounded(x, compute)
+    cube = _rounded(_rounded(x * x, compute) * x, compute)
+    inner = _rounded(x + _rounded(0.044715 * cube, compute), compute)
+    tanh = _rounded(jnp.tanh(_rounded(math.sqrt(2 / math.pi) * inner, compute)), compute)
+    return _rounded(_rounded(0.5 * x, compute) * _rounded(1.0 + tanh, compute), compute)
 
 
 def _rotary(
-    config: ModelConfig, positions_BT: jax.Array | None, length: int
+    config: ModelConfig, compute: Compute, positions_BT: jax.Array | None, length: int
 ) -> tuple[jax.Array, jax.Array]:
-    sin, cos = rotary_table(config.context_length, config.rotary_dim, config.rotary_base)
-    return table_rows(sin, positions_BT, length), table_rows(cos, positions_BT, length)
+    sin, cos = rotary_table(
+        config.context_length, config.rotary_dim, config.rotary_base, compute.rotary_table
+    )
+    rows = (table_rows(table, positions_BT, length) for table in (sin, cos))
+    sin_rows, cos_rows = (_rounded(table, compute) for table in rows)
+    return sin_rows, cos_rows
 
 
 def _rematerialise(layer, remat: Remat):
