@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ml_dtypes
@@ -21,14 +20,14 @@ import numpy as np
 from meshlm.conversion.tensors import TensorInfo
 from meshlm.core.errors import BadInputError, UsageError
 
-# The format allows 100 MB. GPT-J 6B needs 40 kB, and a parsed header takes 20 times its bytes.
-MAX_HEADER_BYTES = 16 << 20
+# The format allows 100 MB. GPT-J 6B needs 40 kB; a hostile one takes 40 times its bytes to parse.
+MAX_HEADER_BYTES = 4 << 20
 MAX_NAME_CHARACTERS = 512
 _MAX_DIMS = 16
 _MAX_TENSOR_BYTES = 1 << 48
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -125,49 +124,40 @@ def to_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> b
 class TensorWriter:
     """A safetensors file being written, one tensor at a time and in any order.
 
-    Use it in `with`; at its end the file is complete and on the disk.
+    The file is open only while something is written to it: one that is given up needs no closing.
     """
 
     def __init__(
         self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     ) -> None:
-        self._infos = dict(infos)
+        """Makes the file, which must be new, and writes its header."""
+        self._path, self._infos = path, dict(infos)
         header, offsets = _make_header(infos, metadata)
         self._offsets = {name: len(header) + offset for name, offset in offsets.items()}
         self._missing = set(infos)
-        self._file = path.open("xb")
-        self._file.write(header)
+        with path.open("xb") as file:
+            file.write(header)
 
-    def __enter__(self) -> "TensorWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self.finish()
-        finally:
-            self._file.close()
+    @property
+    def is_whole(self) -> bool:
+        """Whether every tensor was written."""
+        return not self._missing
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes a tensor where the header says that it is."""
         info = self._infos[name]
         assert (array.shape, array.dtype) == (info.shape, info.dtype), name
         self._missing.remove(name)
-        self._file.seek(self._offsets[name])
-        for block in _blocks(array):
-            self._file.write(block)
+        with self._path.open("r+b") as file:
+            file.seek(self._offsets[name])
+            for block in _blocks(array):
+                file.write(block)
 
     def finish(self) -> None:
-        """Returns when the file is on the disk."""
-        assert not self._missing, sorted(self._missing)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Returns when the whole file is on the disk."""
+        assert self.is_whole, sorted(self._missing)
+        with self._path.open("r+b") as file:
+            os.fsync(file.fileno())
 
 
 def _make_header(
