@@ -6,11 +6,16 @@ the copies kept beside a converted checkpoint, it becomes the original's files a
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
+from meshlm.core.errors import BadInputError
+
 SIDECAR_FILE = "mtj.safetensors"
+_FORMAT = "meshlm-mtj-sidecar"
+_VERSION = "1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,4 +25,37 @@ class Sidecar:
     shards: int
     arrays: Mapping[str, np.ndarray]
     """`params.blocks.3.ff_out_bias` -> [shards, D] as stored, and so on for each summed bias and
-    norm of each group; `step`, and in full checkpoints the two counts, -> [shards]."""
+    norm of each group; `step`, and in full checkpoints `adam_count` and `schedule_count`, ->
+    [shards]."""
+
+    def to_bytes(self) -> bytes:
+        """Returns the bytes of `mtj.safetensors`."""
+        # Not above: what the formats have in common has a sidecar in it.
+        from meshlm.conversion import safetensors
+
+        metadata = {"format": _FORMAT, "version": _VERSION, "shards": str(self.shards)}
+        return safetensors.to_bytes(self.arrays, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Sidecar":
+        """Returns the sidecar in the bytes of a file.
+
+        Raises:
+            BadInputError: they are not those of a sidecar.
+        """
+        from meshlm.conversion import safetensors
+
+        arrays, metadata = safetensors.from_bytes(data, where)
+        if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
+            raise BadInputError(
+                f"{where} is not a sidecar of version {_VERSION}: delete it, or convert again"
+            )
+        shards = metadata.get("shards", "")
+        count = int(shards) if re.fullmatch(r"[1-9]\d{0,5}", shards) else 0
+        for name, array in arrays.items():
+            if array.ndim not in (1, 2) or array.shape[0] != count:
+                raise BadInputError(
+                    f"{where}: {name} is {list(array.shape)} and should be of {shards!r} shards: "
+                    "convert again"
+                )
+        return cls(shards=count, arrays=arrays)

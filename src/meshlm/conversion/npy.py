@@ -1,0 +1,168 @@
+"""Single arrays in numpy's own format, inside an npz: the header strictly, then the bytes.
+
+Only plain arrays of the few dtypes that weights come in are known here. Nothing is unpickled, and
+nothing is allocated before a header has been compared with the length of what follows it.
+"""
+
+import abc
+import io
+import math
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from meshlm.core.errors import BadInputError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# numpy knows no bfloat16 and writes it as two bytes of anything.
+_DTYPES = {
+    "<f4": np.dtype("<f4"),
+    "<f2": np.dtype("<f2"),
+    "|V2": BFLOAT16,
+    "<V2": BFLOAT16,
+    "bfloat16": BFLOAT16,
+    "<i4": np.dtype("<i4"),
+    "<u4": np.dtype("<u4"),
+    "<i8": np.dtype("<i8"),
+}
+_MAGIC = b"\x93NUMPY"
+_MAX_HEADER_BYTES = 4096
+_MAX_DIMS = 4
+_HEADER = re.compile(
+    r"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
+    r"'shape': \(((?:\d{1,15}, )*\d{1,15},?|)\), \}\s*\n"
+)
+BLOCK_BYTES = 4 << 20
+"""Bytes that are read, written or transposed at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpyHeader:
+    """What an array says of itself before its bytes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fortran: bool
+    """The first dim varies fastest."""
+    num_bytes: int
+    """Of the header itself."""
+
+    @property
+    def data_bytes(self) -> int:
+        """Returns the bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Body(abc.ABC):
+    """The bytes of one member of an npz, front to back."""
+
+    crc = 0
+
+    @abc.abstractmethod
+    def take(self, num_bytes: int) -> bytes | memoryview:
+        """Returns the next bytes, exactly so many; raises BadInputError where they are missing."""
+
+    def read(self, num_bytes: int) -> bytes | memoryview:
+        """Returns the next bytes and counts them into `crc`."""
+        data = self.take(num_bytes)
+        self.crc = zlib.crc32(data, self.crc)
+        return data
+
+
+def read_header(body: Body, where: str) -> NpyHeader:
+    """Returns the header of an array, having read it and no more.
+
+    Raises:
+        BadInputError: it is none, or of an array that is not plain numbers of a known dtype.
+    """
+    start = bytes(body.read(10))
+    if start[:6] != _MAGIC or start[6] not in (1, 2, 3):
+        raise BadInputError(f"{where} is not a numpy array: it begins with {start[:8]!r}")
+    if start[6] == 1:
+        lead, length = 10, struct.unpack("<H", start[8:])[0]
+    else:
+        lead, length = 12, struct.unpack("<I", start[8:] + bytes(body.read(2)))[0]
+    if length > _MAX_HEADER_BYTES:
+        raise BadInputError(
+            f"{where} has a header of {length} bytes; the most that an array of weights needs is "
+            f"{_MAX_HEADER_BYTES}"
+        )
+    return _parse(bytes(body.read(length)), lead + length, where)
+
+
+def _parse(header: bytes, num_bytes: int, where: str) -> NpyHeader:
+    text = header.decode("latin-1")
+    if re.match(r"\{'descr': '[|<>=]?O", text):
+        raise BadInputError(
+            f"{where} is an array of pickled objects, which could run code when loaded: refused"
+        )
+    match = _HEADER.fullmatch(text)
+    if match is None:
+        raise BadInputError(f"{where} has a header that is not of a plain array: {text[:60]!r}")
+    descr, fortran, dims = match.groups()
+    if descr not in _DTYPES:
+        raise BadInputError(f"{where} is of dtype {descr!r}; known: {', '.join(_DTYPES)}")
+    shape = tuple(int(dim) for dim in dims.replace(" ", "").split(",") if dim)
+    if len(shape) > _MAX_DIMS:
+        raise BadInputError(f"{where} has {len(shape)} dims; weights have at most {_MAX_DIMS}")
+    return NpyHeader(
+        dtype=_DTYPES[descr], shape=shape, fortran=fortran == "True", num_bytes=num_bytes
+    )
+
+
+def read_into(body: Body, header: NpyHeader, target: np.ndarray) -> None:
+    """Reads an array's bytes into `target`, any view of the header's shape, block by block."""
+    shape = header.shape
+    if header.fortran:
+        shape, target = shape[::-1], target.T
+    if not shape:
+        target[...] = np.frombuffer(body.read(header.data_bytes), header.dtype)[0]
+        return
+    row_bytes = math.prod(shape[1:]) * header.dtype.itemsize
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, shape[0], rows):
+        block = target[start : start + rows]
+        data = np.frombuffer(body.read(len(block) * row_bytes), header.dtype)
+        copy(block, data.reshape(block.shape))
+
+
+def header_bytes(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """Returns the header that numpy writes for an array of this shape and dtype."""
+    descr = "<V2" if dtype == BFLOAT16 else dtype.str
+    buffer = io.BytesIO()
+    content = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, content)
+    return buffer.getvalue()
+
+
+def write_array(write: Callable[[bytes], object], array: np.ndarray) -> None:
+    """Writes header and bytes of an array, any view, block by block."""
+    write(header_bytes(array.shape, array.dtype))
+    rows_of = array if array.ndim else array.reshape(1)
+    row_bytes = math.prod(rows_of.shape[1:]) * array.dtype.itemsize
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, len(rows_of), rows):
+        write(rows_of[start : start + rows].tobytes())
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies a matrix or vector; in blocks, so that a transposed one stays in the cache."""
+    if target.ndim < 2:
+        target[...] = source
+        return
+    for rows, columns in _blocks(target.shape):
+        target[rows, columns] = source[rows, columns]
+
+
+_BLOCK = 256
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    for row in range(0, shape[0], _BLOCK):
+        for column in range(0, shape[1], _BLOCK):
+            yield slice(row, row + _BLOCK), slice(column, column + _BLOCK)

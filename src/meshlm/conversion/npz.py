@@ -1,0 +1,307 @@
+"""Files of numpy arrays (`np.savez`): read strictly, stored members as views; written in a stream.
+
+The members are `arr_0.npy`, `arr_1.npy` and so on, stored or deflated. Every size that the file
+states is compared with the file's own length, and a deflated member is inflated to the length that
+its array has and not a byte further, so that no member can ask for more memory than it should.
+"""
+
+import itertools
+import mmap
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from meshlm.conversion.npy import Body, NpyHeader, read_header, read_into, write_array
+from meshlm.core.errors import BadInputError
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_MAX_MEMBERS = 10_000
+_MAX_DIRECTORY_BYTES = 4 << 20
+
+
+class StoredBody(Body):
+    """Bytes that lie as they are in a buffer."""
+
+    def __init__(self, data: memoryview, where: str) -> None:
+        self._data, self._where, self._at = data, where, 0
+
+    def take(self, num_bytes: int) -> memoryview:
+        data = self._data[self._at : self._at + num_bytes]
+        if len(data) < num_bytes:
+            raise BadInputError(f"{self._where} is cut short: fetch the file again")
+        self._at += num_bytes
+        return data
+
+
+class DeflatedBody(Body):
+    """Bytes that are inflated as they are asked for, from a body of deflated ones."""
+
+    _STEP = 1 << 16
+
+    def __init__(self, source: Body, num_bytes: int, where: str) -> None:
+        """At most `num_bytes` of `source` are deflated ones."""
+        self._source, self._left, self._where = source, num_bytes, where
+        self._inflate = zlib.decompressobj(-15)
+        self._tail = b""
+
+    def take(self, num_bytes: int) -> bytes:
+        parts: list[bytes] = []
+        missing = num_bytes
+        while missing:
+            part = self._next(missing)
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    def finish(self) -> bytes:
+        """Returns what was taken from the source beyond the end of the deflated bytes.
+
+        Raises:
+            BadInputError: they inflate to more than was read.
+        """
+        while not self._inflate.eof:
+            if self._next(1, at_end=True):
+                raise BadInputError(f"{self._where} inflates to more than its array has: refused")
+        return self._inflate.unused_data
+
+    def _next(self, most: int, at_end: bool = False) -> bytes:
+        """Returns some bytes, or none if that is what inflating a step further gave."""
+        while True:
+            if self._inflate.eof:
+                if at_end:
+                    return b""
+                raise BadInputError(f"{self._where} inflates to less than its array has: refused")
+            data = self._tail or self._deflated()
+            try:
+                part = self._inflate.decompress(data, most)
+            except zlib.error as error:
+                raise BadInputError(
+                    f"{self._where} is damaged ({error}): fetch the file again"
+                ) from None
+            self._tail = self._inflate.unconsumed_tail
+            if part or (at_end and self._inflate.eof):
+                return part
+
+    def _deflated(self) -> bytes:
+        step = min(self._STEP, self._left)
+        if step == 0:
+            raise BadInputError(f"{self._where} is cut short: fetch the file again")
+        self._left -= step
+        return bytes(self._source.take(step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    data: memoryview
+    """As it lies in the file, deflated or not."""
+    deflated: bool
+    crc: int
+    header: NpyHeader
+
+
+class NpzFile:
+    """The arrays of one file, by number; those that are not deflated are views of it."""
+
+    def __init__(self, data: bytes | memoryview, where: str) -> None:
+        """Reads the directory and all headers, no array.
+
+        Raises:
+            BadInputError: the file is not a whole npz of plain arrays.
+        """
+        self.where = where
+        self._data = memoryview(data)
+        self._checked: set[int] = set()
+        infos = _directory(self._data, where)
+        self._members = [self._member(info, number) for number, info in enumerate(infos)]
+        ends = sorted((info.header_offset, _start(self._data, info, where)) for info in infos)
+        sizes = {info.header_offset: info.compress_size for info in infos}
+        for (offset, start), (after, _) in itertools.pairwise(ends):
+            if start + sizes[offset] > after:
+                raise BadInputError(f"{where} is a zip whose members overlap: refused")
+
+    @classmethod
+    def open(cls, path: Path) -> "NpzFile":
+        """Returns the file's arrays, mapped."""
+        return cls(_map(path), str(path))
+
+    @property
+    def headers(self) -> list[NpyHeader]:
+        """Returns the header of every array in order."""
+        return [member.header for member in self._members]
+
+    def read(self, number: int) -> np.ndarray:
+        """Returns an array; treat it as read-only.
+
+        Raises:
+            BadInputError: its bytes are not the ones that were written.
+        """
+        member = self._members[number]
+        if member.deflated:
+            result = np.empty(member.header.shape, member.header.dtype)
+            self.read_into(number, result)
+            return result
+        if number not in self._checked:
+            self._check(number, zlib.crc32(member.data))
+        order = "F" if member.header.fortran else "C"
+        bytes_of = member.data[member.header.num_bytes :]
+        return np.frombuffer(bytes_of, member.header.dtype).reshape(
+            member.header.shape, order=order
+        )
+
+    def read_into(self, number: int, target: np.ndarray) -> None:
+        """Reads an array into `target`, any view of its shape.
+
+        Raises:
+            BadInputError: as `read`.
+        """
+        member, where = self._members[number], self._name(number)
+        body = _body(member.data, member.deflated, where)
+        read_header(body, where)
+        read_into(body, member.header, target)
+        if isinstance(body, DeflatedBody):
+            body.finish()
+        self._check(number, body.crc)
+
+    def _check(self, number: int, crc: int) -> None:
+        if crc != self._members[number].crc:
+            raise BadInputError(
+                f"{self._name(number)} is damaged: its checksum is wrong; fetch the file again"
+            )
+        self._checked.add(number)
+
+    def _member(self, info: zipfile.ZipInfo, number: int) -> _Member:
+        where = self._name(number)
+        start = _start(self._data, info, self.where)
+        data = self._data[start : start + info.compress_size]
+        if len(data) < info.compress_size:
+            raise BadInputError(f"{where} reaches beyond the end of its file: fetch it again")
+        deflated = info.compress_type == zipfile.ZIP_DEFLATED
+        header = read_header(_body(data, deflated, where), where)
+        wanted = header.num_bytes + header.data_bytes
+        if info.file_size != wanted or not (deflated or len(data) == wanted):
+            raise BadInputError(
+                f"{where} should have {wanted} bytes by its shape and has {info.file_size}: refused"
+            )
+        return _Member(data=data, deflated=deflated, crc=info.CRC, header=header)
+
+    def _name(self, number: int) -> str:
+        return f"{self.where} arr_{number}"
+
+
+def _map(path: Path) -> memoryview:
+    if not path.is_file():
+        raise BadInputError(f"{path} is not a file: fetch the checkpoint again")
+    with open(path, "rb") as file:
+        try:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError:
+            raise BadInputError(f"{path} is empty: fetch it again") from None
+
+
+def _body(data: memoryview, deflated: bool, where: str) -> Body:
+    body = StoredBody(data, where)
+    return DeflatedBody(body, len(data), where) if deflated else body
+
+
+def _directory(data: memoryview, where: str) -> list[zipfile.ZipInfo]:
+    """Returns the entries of `arr_0.npy`, `arr_1.npy`, ... in this order."""
+    try:
+        with zipfile.ZipFile(_Buffer(data)) as file:  # pyright: ignore[reportArgumentType]
+            infos = file.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
+        raise BadInputError(f"{where} is not a whole npz file ({error}): fetch it again") from None
+    if len(infos) > _MAX_MEMBERS:
+        raise BadInputError(f"{where} has {len(infos)} members; at most {_MAX_MEMBERS} are read")
+    by_name = {info.filename: info for info in infos}
+    names = [f"arr_{number}.npy" for number in range(len(infos))]
+    if sorted(by_name) != sorted(names):
+        odd = sorted({*by_name} - {*names}) or ["a name twice"]
+        raise BadInputError(
+            f"{where} should hold arr_0.npy to arr_{len(infos) - 1}.npy and has {odd[0]!r}: refused"
+        )
+    for info in infos:
+        if info.flag_bits & 1 or info.compress_type not in _METHODS:
+            raise BadInputError(
+                f"{where} {info.filename} is encrypted or compressed by method "
+                f"{info.compress_type}; known: stored, deflated"
+            )
+    return [by_name[name] for name in names]
+
+
+def _start(data: memoryview, info: zipfile.ZipInfo, where: str) -> int:
+    """Returns where a member's bytes begin, having compared its own header with the directory."""
+    offset = info.header_offset
+    if not 0 <= offset <= len(data) - _LOCAL.size:
+        raise BadInputError(f"{where} {info.filename} lies outside of its file: refused")
+    fields = _LOCAL.unpack_from(data, offset)
+    name_start = offset + _LOCAL.size
+    name = bytes(data[name_start : name_start + fields[9]])
+    same = name == info.filename.encode() and fields[3] == info.compress_type
+    if fields[0] != b"PK\x03\x04" or not same:
+        raise BadInputError(f"{where} {info.filename} is not where the directory says: refused")
+    return name_start + fields[9] + fields[10]
+
+
+class _Buffer:
+    """A buffer as the file that `zipfile` wants, without a copy."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at = offset + (0, self._at, len(self._data))[whence]
+        if at < 0:
+            raise OSError("it is too short")
+        self._at = at
+        return at
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        end = len(self._data) if num_bytes < 0 else self._at + num_bytes
+        if min(end, len(self._data)) - self._at > _MAX_DIRECTORY_BYTES:
+            raise OSError(f"its directory is larger than {_MAX_DIRECTORY_BYTES} bytes")
+        result = bytes(self._data[self._at : end])
+        self._at += len(result)
+        return result
+
+
+class NpzWriter:
+    """A new file of arrays, as `np.savez` writes it; each is written as it is added."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = zipfile.ZipFile(path, "x")
+        self._count = 0
+
+    def add(self, array: np.ndarray) -> None:
+        """Writes the next array, any view of one; bfloat16 as two bytes of anything."""
+        name = f"arr_{self._count}.npy"
+        with self._file.open(name, "w", force_zip64=True) as file:
+            write_array(file.write, array)
+        self._count += 1
+
+    def close(self) -> None:
+        """Writes the directory; the file is whole after this."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
