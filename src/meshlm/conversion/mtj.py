@@ -38,7 +38,7 @@ def is_mtj(path: Path) -> bool:
         return True
     steps = [p for p in path.glob("step_*") if mtj_finding.step_of_name(p.name) is not None]
     return any(mtj_finding.is_step_folder(step) for step in steps) or (
-        (path / mtj_finding.META_NAME).is_file()
+        mtj_finding.lists_steps(path)
     )
 
 

@@ -36,6 +36,11 @@ def is_step_folder(path: Path) -> bool:
     return (path / "shard_0").is_dir() or any(path.glob("shard_*"))
 
 
+def lists_steps(path: Path) -> bool:
+    """Tells whether a folder has the original's list of its checkpoints."""
+    return bool(_listed_steps(_read_small(path / META_NAME)))
+
+
 def find_step(path: Path) -> Path:
     """Returns the step's folder at a path: itself, or the newest one that it lists.
 

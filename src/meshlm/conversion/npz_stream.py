@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from meshlm.conversion.archive import ArchivedFile
-from meshlm.conversion.npy import Body, read_header, read_into
+from meshlm.conversion.npy import BLOCK_BYTES, Body, read_header, read_into
 from meshlm.conversion.npz import DeflatedBody
 from meshlm.core.errors import BadInputError
 
