@@ -1,0 +1,295 @@
+"""Converting weights from any format into any other, with proof: `convert`."""
+
+import dataclasses
+import datetime
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshlm.checkpoint import add_file
+from meshlm.checkpoint.manifest import write_file
+from meshlm.conversion import certificate as certificates
+from meshlm.conversion.certificate import CERTIFICATE_FILE, Certificate, RawTensor
+from meshlm.conversion.destination import Destination
+from meshlm.conversion.hf_target import HfTarget
+from meshlm.conversion.mtj_target import MtjTarget
+from meshlm.conversion.native_target import NativeTarget
+from meshlm.conversion.opening import open_source
+from meshlm.conversion.reference import ReferenceForward
+from meshlm.conversion.streamed import StreamedForward
+from meshlm.conversion.tensors import (
+    DTYPES,
+    CastPart,
+    Group,
+    Kind,
+    Part,
+    PartKey,
+    Source,
+    Target,
+    TensorInfo,
+    stacked_name,
+)
+from meshlm.core.errors import MeshLMError
+
+OnProgress = Callable[[str, int, int], None]
+"""Hears (stage, bytes done, bytes in all)."""
+
+_FLOAT32 = DTYPES["float32"]
+
+
+def convert(
+    source: Source,
+    destination: Path,
+    *,
+    to: Kind,
+    shards: int = 8,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: OnProgress = lambda stage, done, total: None,
+) -> Certificate:
+    """Returns the certificate of the source's weights written in another format.
+
+    What is written is opened again and held against the source, tensor by tensor and by its
+    logits. Until all of that holds there is nothing under the destination's name.
+
+    Args:
+        to: the format.
+        shards: of the original's format.
+        dtype: of all weights; None keeps each as it is stored.
+        force: replace weights that are there already.
+        progress: hears how far the work is.
+
+    Raises:
+        UsageError: the destination is there already, the disk too small, or the format has no
+            place for this shape or these shards.
+        BadInputError: the source is damaged, or a number too large for `dtype`.
+        MeshLMError: what was written does not give the source's numbers.
+    """
+    plan = _Plan.of(source, to, dtype)
+    conversion = _Conversion(source, plan, destination, progress)
+    with Destination(destination, source.path, plan.num_bytes, force=force) as folder:
+        target = _make_target(source, plan, folder, shards)
+        conversion.write(target)
+        written = open_source(folder)
+        result = conversion.check(written, [*plan.notes, *target.notes])
+        content = result.to_json()
+        if to == "meshlm":
+            add_file(folder, CERTIFICATE_FILE, content)
+        else:
+            write_file(folder / CERTIFICATE_FILE, content)
+    return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be written, before anything is."""
+
+    to: Kind
+    dtype: str | None
+    infos: Mapping[str, TensorInfo]
+    """What each tensor of "params" is cast to."""
+    groups: tuple[Group, ...]
+    is_lossy: bool
+    notes: list[str]
+
+    @classmethod
+    def of(cls, source: Source, to: Kind, dtype: str | None) -> "_Plan":
+        infos, groups, notes = dict(source.infos), source.groups, []
+        if dtype is not None:
+            infos = {n: dataclasses.replace(i, dtype=DTYPES[dtype]) for n, i in infos.items()}
+        rounds = any(
+            infos[name].dtype not in (_FLOAT32, info.dtype) for name, info in source.infos.items()
+        )
+        folds = to == "hf" and source.model.embedding_bias
+        if rounds and len(groups) > 1:
+            groups = ("params",)
+            notes.append(
+                f"Adam's moments are left out: they belong to weights before --dtype {dtype}"
+            )
+        if folds and dtype is None:
+            # So the table that it is added to becomes float32, and nothing is rounded.
+            info = infos["embedding_bias"]
+            infos["embedding_bias"] = dataclasses.replace(info, dtype=_FLOAT32)
+        is_lossy = rounds or (folds and dtype not in (None, "float32"))
+        return cls(to=to, dtype=dtype, infos=infos, groups=groups, is_lossy=is_lossy, notes=notes)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the destination takes on disk, nearly."""
+        return sum(_num_bytes(info) for info in self.infos.values()) * len(self.groups)
+
+
+class _Conversion:
+    """The passes over the weights: one that writes, and two that check."""
+
+    def __init__(
+        self, source: Source, plan: _Plan, destination: Path, progress: OnProgress
+    ) -> None:
+        self._source, self._plan, self._destination = source, plan, destination
+        self._progress, self._started_s = progress, time.monotonic()
+        self._tokens = certificates.probe_tokens(source.model)
+        self._raw: dict[str, RawTensor] = {}
+        self._given: dict[tuple[Group, str], str] = {}
+        self._stage = ("", 0, 0)
+
+    def write(self, target: Target) -> None:
+        """Writes all parts, and notes the hashes of what was read and of what was given."""
+        order: Sequence[Group] = getattr(target, "group_order", self._groups)
+        groups: list[Group] = [group for group in order if group in self._groups]
+        self._begin("writing", len(groups))
+        for group in groups:
+            for part in self._source.parts(group, target.order):
+                infos = self._infos(group, part)
+                given = _GivenPart(self._as_given(part, infos), infos)
+                target.write(group, given)
+                self._given |= {(group, name): sha for name, sha in given.hashes.items()}
+                self._raw |= certificates.raw_tensors(part)
+                self._advance(part)
+        target.finish()
+
+    def check(self, written: Source, notes: Sequence[str]) -> Certificate:
+        """Returns the certificate of what was written."""
+        reference = ReferenceForward(self._source.model, self._source.kind, self._tokens)
+        self._begin("computing the source", 1)
+        for part in self._source.parts():
+            reference.feed(part)
+            self._advance(part)
+        again = ReferenceForward(written.model, written.kind, self._tokens)
+        own = StreamedForward(written.model, self._tokens)
+        raw, found = self._read_back(written, again, own)
+        others = self._others(written, found)
+        distances = certificates.measure(
+            (reference.logits, again.logits), own.logits, is_lossy=self._plan.is_lossy
+        )
+        return Certificate(
+            source=certificates.side_of(self._source, self._source.path, self._raw),
+            destination=certificates.side_of(written, self._destination, raw),
+            dtype=self._plan.dtype,
+            is_lossy=self._plan.is_lossy,
+            same_tensors=sum(self._given.get(key) == sha for key, sha in found.items()),
+            other_tensors=others,
+            tokens=self._tokens,
+            largest_logit=float(np.abs(reference.logits).max()),
+            distances=distances,
+            tolerance=certificates.TOLERANCE,
+            versions=certificates.versions(),
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - self._started_s, 1),
+            notes=list(notes),
+        )
+
+    @property
+    def _groups(self) -> tuple[Group, ...]:
+        return ("params",) if self._plan.to == "hf" else self._plan.groups
+
+    def _infos(self, group: Group, part: Part) -> Mapping[str, TensorInfo]:
+        return self._plan.infos if group == "params" else part.tensors
+
+    def _as_given(self, part: Part, infos: Mapping[str, TensorInfo]) -> Part:
+        """Returns the part in the dtype asked for; what folds the bias casts by itself, once."""
+        if self._plan.dtype is None or self._plan.to == "hf" or infos is part.tensors:
+            return part
+        return CastPart(part, DTYPES[self._plan.dtype])
+
+    def _read_back(
+        self, written: Source, reference: ReferenceForward, own: StreamedForward
+    ) -> tuple[dict[str, RawTensor], dict[tuple[Group, str], str]]:
+        """Returns what was written: the records of its raw tensors, and its native hashes."""
+        raw: dict[str, RawTensor] = {}
+        found: dict[tuple[Group, str], str] = {}
+        self._begin("checking", len(written.groups))
+        for group in written.groups:
+            for part in written.parts(group):
+                raw |= certificates.raw_tensors(part)
+                for name in part.tensors:
+                    found[group, name] = certificates.hash_tensor(part.read(name))
+                if group == "params":
+                    reference.feed(part)
+                    own.feed(part)
+                self._advance(part)
+        return raw, found
+
+    def _others(self, written: Source, found: Mapping[tuple[Group, str], str]) -> dict[str, str]:
+        """Returns why each tensor differs that may; raises MeshLMError for one that may not."""
+        differing: dict[tuple[Group, PartKey], list[str]] = {}
+        for group, name in found.keys() | self._given.keys():
+            if found.get((group, name)) != self._given.get((group, name)):
+                differing.setdefault((group, _part_of(name)), []).append(name)
+        reasons = {}
+        for (group, key), names in sorted(differing.items(), key=str):
+            here = next(iter(self._source.parts(group, [key])))
+            there = next(iter(written.parts(group, [key])))
+            for name in sorted(names):
+                info = self._infos(group, here).get(name)
+                reason = certificates.explain(name, here, there, info)
+                if reason is None:
+                    raise MeshLMError(
+                        f"the conversion changed {name} ({group}): what was written is not what "
+                        "the source has; nothing was kept"
+                    )
+                reasons[name if group == "params" else f"{group}/{name}"] = reason
+        return reasons
+
+    def _begin(self, stage: str, num_groups: int) -> None:
+        total = sum(_num_bytes(info) for info in self._source.infos.values()) * num_groups
+        self._stage = (stage, 0, total)
+        self._progress(*self._stage)
+
+    def _advance(self, part: Part) -> None:
+        stage, done, total = self._stage
+        # The destination may be wider than the source, by which the work is reckoned.
+        done = min(total, done + sum(_num_bytes(info) for info in part.tensors.values()))
+        self._stage = (stage, done, total)
+        self._progress(*self._stage)
+
+
+class _GivenPart(Part):
+    """A part that notes the hash of every tensor that is read from it, as it is to be stored."""
+
+    def __init__(self, part: Part, infos: Mapping[str, TensorInfo]) -> None:
+        self._part, self._infos = part, infos
+        self.key, self.tensors, self.raw = part.key, part.tensors, part.raw
+        self.hashes: dict[str, str] = {}
+
+    def read(self, name: str) -> np.ndarray:
+        array = self._part.read(name)
+        self.hashes[name] = certificates.hash_tensor(array, self._infos[name].dtype, name)
+        return array
+
+    def read_raw(self, name: str) -> np.ndarray:
+        return self._part.read_raw(name)
+
+
+def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Target:
+    common: dict[str, Any] = {
+        "model": source.model,
+        "infos": plan.infos,
+        "groups": plan.groups,
+        "tokenizer": source.tokenizer,
+        "step": source.step,
+        "sidecar": source.sidecar,
+    }
+    if plan.to == "mtj":
+        return MtjTarget(folder, shards=shards, **common)
+    if plan.to == "hf":
+        return HfTarget(folder, **common)
+    casts = any(plan.infos[name] != info for name, info in source.infos.items())
+    if casts and source.sidecar is not None:
+        common["sidecar"] = None
+        plan.notes.append("sidecar dropped: it is of the weights before --dtype")
+    return NativeTarget(folder, facts={"format": source.kind, "path": str(source.path)}, **common)
+
+
+def _part_of(name: str) -> PartKey:
+    _, layer = stacked_name(name)
+    if layer is not None:
+        return layer
+    return "embedding" if name.startswith("embedding") else "head"
+
+
+def _num_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize

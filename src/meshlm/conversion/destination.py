@@ -1,0 +1,127 @@
+"""The folder that a conversion writes: hidden until it is whole."""
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from meshlm.checkpoint.folder import remove_tree, sync_folder
+from meshlm.conversion.hf import is_hf
+from meshlm.conversion.mtj import is_mtj
+from meshlm.conversion.native import is_native
+from meshlm.core.errors import UsageError
+
+_MARGIN = 1.05
+_FIXED_BYTES = 32 * 1024 * 1024
+
+
+class Destination:
+    """A `with` block's folder, which gets its name when the block ends well, and goes if not."""
+
+    def __init__(self, path: Path, source: Path, num_bytes: int, *, force: bool) -> None:
+        """Args: num_bytes: what will be written, nearly.
+
+        Raises:
+            UsageError: something is at the path that may not be replaced, or the disk is too small.
+        """
+        self._path = path.absolute()
+        self._parent = self._path.parent
+        _check_name(self._path, source, force)
+        self._parent.mkdir(parents=True, exist_ok=True)
+        self._clean_stale()
+        _check_disk(self._parent, num_bytes)
+        self._partial = self._parent / f"{self._prefix}{os.getpid()}"
+        self._replaced = self._parent / f".{self._path.name}.replaced-{os.getpid()}"
+
+    def __enter__(self) -> Path:
+        self._partial.mkdir()
+        return self._partial
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            if self._partial.exists():
+                remove_tree(self._partial)
+
+    @property
+    def _prefix(self) -> str:
+        host = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
+        return f".{self._path.name}.partial-{host}-"
+
+    def _publish(self) -> None:
+        _sync_tree(self._partial)
+        if self._path.exists():
+            self._path.rename(self._replaced)
+        try:
+            self._partial.rename(self._path)
+        except BaseException:
+            if self._replaced.exists():
+                self._replaced.rename(self._path)
+            raise
+        sync_folder(self._parent)
+        if self._replaced.exists():
+            remove_tree(self._replaced)
+
+    def _clean_stale(self) -> None:
+        """Removes what killed conversions to this name left on this machine."""
+        for path in self._parent.glob(f"{_escape(self._prefix)}*"):
+            pid = path.name.removeprefix(self._prefix)
+            if pid.isdecimal() and not _is_alive(int(pid)):
+                remove_tree(path)
+
+
+def _check_name(path: Path, source: Path, force: bool) -> None:
+    if not path.name:
+        raise UsageError(f"{path}: give a folder's name to write to")
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise UsageError(f"{path} is there already: choose another name, or add --force")
+    if path.is_symlink() or not path.is_dir():
+        raise UsageError(f"{path} is no folder: --force replaces weights only; choose another name")
+    if source.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"{path} has the source in it: choose another name")
+    if any(path.iterdir()) and not (is_native(path) or is_hf(path) or is_mtj(path)):
+        raise UsageError(f"{path} has no weights in it: --force replaces weights only; delete it")
+
+
+def _check_disk(folder: Path, num_bytes: int) -> None:
+    needed, free = int(num_bytes * _MARGIN) + _FIXED_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"too little disk at {folder}: {needed / 1e9:,.2f} GB are needed and "
+            f"{free / 1e9:,.2f} GB are free; free some, or choose another destination"
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    """Brings every file and name under a folder to disk."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)

@@ -1,0 +1,214 @@
+"""MeshLM's own checkpoints as a source of weights: of a run, or converted from another format."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from meshlm import checkpoint
+from meshlm.checkpoint import ArrayInfo, LayerReader
+from meshlm.checkpoint.folder import steps_in
+from meshlm.checkpoint.manifest import MANIFEST_NAME
+from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
+from meshlm.conversion.tensors import (
+    DTYPES,
+    Group,
+    Part,
+    PartKey,
+    Source,
+    TensorInfo,
+    native_shapes,
+    part_keys,
+    stacked_name,
+)
+from meshlm.core.config import from_dict
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.tree import to_named
+from meshlm.data.tokenizer import from_json
+from meshlm.model.config import ModelConfig
+from meshlm.model.params import describe
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+# Where a checkpoint has each group: the names of a TrainState.
+PREFIXES: dict[Group, str] = {
+    "params": "params.",
+    "mu": "optimizer.adam.mu.",
+    "nu": "optimizer.adam.nu.",
+}
+_MOMENTS: tuple[Group, ...] = ("mu", "nu")
+_KIND_FOLDERS = (CHECKPOINTS_FOLDER, "arrays")
+
+
+def is_native(path: Path) -> bool:
+    """Whether this looks like a run, a folder of checkpoints, or one checkpoint."""
+    if any((path / name).is_dir() for name in _KIND_FOLDERS):
+        return True
+    return any(
+        (path / f"step_{step}" / name).exists()
+        for step in steps_in(path)
+        for name in ("arrays", MANIFEST_NAME)
+    )
+
+
+def open_native(path: Path) -> Source:
+    """Returns the weights in a run's newest good checkpoint, or in the checkpoint at a path.
+
+    All its bytes are read once, and checked.
+
+    Raises:
+        UsageError: there is no finished checkpoint.
+        BadInputError: it is damaged, or its files do not fit each other.
+    """
+    folder, is_checked = find_checkpoint(path)
+    reader = LayerReader(folder)
+    damage = [] if is_checked else checkpoint.verify(folder)
+    if damage:
+        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
+        shown = ", ".join(map(str, damage[:3]))
+        raise BadInputError(f"checkpoint {folder} is damaged: {shown}{more}; use another step")
+    return NativeSource(folder, reader, checkpoint.read_files(folder))
+
+
+def find_checkpoint(path: Path) -> tuple[Path, bool]:
+    """Returns the checkpoint's folder, and whether all its bytes were checked to find it.
+
+    Raises:
+        UsageError: there is none.
+        BadInputError: all that there are, are damaged.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: there is nothing at this path")
+    if checkpoint.step_of(path) is not None or (path / "arrays").exists():
+        return path, False
+    folder = path / CHECKPOINTS_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
+    found = checkpoint.latest_good(folder) if folder.is_dir() else None
+    if found is None:
+        raise UsageError(f"{path} holds no finished checkpoint: give a run or a step_N folder")
+    return found, True
+
+
+def read_model(files: Mapping[str, bytes], where: str) -> ModelConfig:
+    """Returns the model of a checkpoint from its small files: a run's, or a converted one's.
+
+    Raises:
+        BadInputError: config.json is not there, or tells of no model.
+    """
+    content = read_config(files, where)
+    record = content.get("run", content)
+    if not isinstance(record, dict) or "model" not in record:
+        raise BadInputError(f"{where}/{CONFIG_FILE} tells of no model: use another checkpoint")
+    try:
+        return from_dict(ModelConfig, record["model"], f"{where}/{CONFIG_FILE}: model")
+    except UsageError as error:
+        raise BadInputError(f"{where}/{CONFIG_FILE}: {error}") from None
+
+
+def read_config(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """Returns the object in a checkpoint's config.json.
+
+    Raises:
+        BadInputError: there is none.
+    """
+    if CONFIG_FILE not in files:
+        raise BadInputError(f"checkpoint {where} has no {CONFIG_FILE}: it is no model's")
+    try:
+        content = json.loads(files[CONFIG_FILE])
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{where}/{CONFIG_FILE} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInputError(f"{where}/{CONFIG_FILE} is no JSON object")
+    return content
+
+
+class NativeSource(Source):
+    """The weights of one checkpoint, whose files were checked."""
+
+    kind = "meshlm"
+
+    def __init__(self, path: Path, reader: LayerReader, files: Mapping[str, bytes]) -> None:
+        """Raises: BadInputError where the files do not fit each other."""
+        self.path = path
+        self.model = read_model(files, str(path))
+        self.tokenizer = self.sidecar = None
+        if TOKENIZER_FILE in files:
+            self.tokenizer = from_json(files[TOKENIZER_FILE])
+        if SIDECAR_FILE in files:
+            self.sidecar = Sidecar.from_bytes(files[SIDECAR_FILE], f"{path}/{SIDECAR_FILE}")
+        converted = read_config(files, str(path)).get("source")
+        has_step = not isinstance(converted, dict) or converted.get("step", 0) is not None
+        self.step = reader.manifest.step if has_step else None
+        self._reader = reader
+        stored = reader.manifest.arrays
+        has_moments = all(any(n.startswith(PREFIXES[g]) for n in stored) for g in _MOMENTS)
+        self.groups: tuple[Group, ...] = ("params", *_MOMENTS) if has_moments else ("params",)
+        self._infos = {group: _check(path, stored, self.model, group) for group in self.groups}
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos["params"]
+
+    def parts(
+        self, group: Group = "params", order: Sequence[PartKey] | None = None
+    ) -> Iterator[Part]:
+        if group not in self.groups:
+            raise UsageError(f"{self.path} has no optimizer state")
+        for key in order or part_keys(self.model):
+            yield _NativePart(self._reader, self.model, group, key, self._infos[group])
+
+
+class _NativePart(Part):
+    def __init__(
+        self,
+        reader: LayerReader,
+        model: ModelConfig,
+        group: Group,
+        key: PartKey,
+        infos: Mapping[str, TensorInfo],
+    ) -> None:
+        self.key, self._reader, self._prefix = key, reader, PREFIXES[group]
+        self._folder = "" if group == "params" else f"{group}/"
+        self.tensors = {name: infos[name] for name in native_shapes(model, key)}
+        self.raw = [self._folder + name for name in self.tensors]
+
+    def read(self, name: str) -> np.ndarray:
+        stacked, layer = stacked_name(name)
+        return self._reader.read(self._prefix + stacked, layer)
+
+    def read_raw(self, name: str) -> np.ndarray:
+        return self.read(name.removeprefix(self._folder))
+
+
+def _check(
+    path: Path, stored: Mapping[str, ArrayInfo], model: ModelConfig, group: Group
+) -> dict[str, TensorInfo]:
+    """Returns the native tensors of a group; raises BadInputError unless they are the model's."""
+    prefix = PREFIXES[group]
+    wanted = {name: weight.shape for name, weight in to_named(describe(model)).items()}
+    unknown = [n for n in stored if n.startswith(prefix) and n.removeprefix(prefix) not in wanted]
+    if unknown:
+        raise BadInputError(f"checkpoint {path}: array {unknown[0]} is none of its model's")
+    dtypes = {}
+    for name, shape in wanted.items():
+        info = stored.get(prefix + name)
+        if info is None or info.shape != shape:
+            raise BadInputError(
+                f"checkpoint {path}: array {prefix}{name} is {info or 'absent'} in it, and "
+                f"{list(shape)} by its {CONFIG_FILE}"
+            )
+        if info.dtype not in DTYPES:
+            raise BadInputError(
+                f"checkpoint {path}: array {prefix}{name} is {info.dtype}: weights are "
+                f"{', '.join(DTYPES)} here"
+            )
+        dtypes[name] = jnp.dtype(info.dtype)
+    return {
+        name: TensorInfo(shape=shape, dtype=dtypes[stacked_name(name)[0]])
+        for key in part_keys(model)
+        for name, shape in native_shapes(model, key).items()
+    }

@@ -1,0 +1,112 @@
+"""Writing a checkpoint of MeshLM's own, from which training can go on where moments are given."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshlm.checkpoint import ArrayInfo, LayerWriter
+from meshlm.conversion.mtj_layout import ADAM_COUNT as SIDECAR_ADAM_COUNT
+from meshlm.conversion.native import CONFIG_FILE, PREFIXES, TOKENIZER_FILE
+from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
+from meshlm.conversion.tensors import (
+    Group,
+    Part,
+    PartKey,
+    Target,
+    TensorInfo,
+    cast,
+    part_keys,
+    stacked_name,
+)
+from meshlm.core.config import to_dict, to_json
+from meshlm.core.tree import to_named
+from meshlm.data.tokenizer import Tokenizer
+from meshlm.model.config import ModelConfig
+from meshlm.model.params import describe
+
+ADAM_COUNT = "optimizer.adam.count"
+# What a TrainState has beside parameters and moments.
+_COUNTERS = ("step", ADAM_COUNT, "skipped", "skipped_in_a_row")
+
+
+class NativeTarget(Target):
+    """A checkpoint of MeshLM's being written, a layer's tensor at a time."""
+
+    kind = "meshlm"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: ModelConfig,
+        infos: Mapping[str, TensorInfo],
+        groups: Sequence[Group],
+        tokenizer: Tokenizer | None,
+        step: int | None,
+        sidecar: Sidecar | None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Args:
+        facts: what config.json is to say of the source, as JSON values.
+        """
+        self.model, self.notes = model, []
+        self._tokenizer, self._step, self._sidecar = tokenizer, step, sidecar
+        self._facts = {**(facts or {}), "step": step}
+        found: dict[str, set[np.dtype]] = {}
+        for name, info in infos.items():
+            found.setdefault(stacked_name(name)[0], set()).add(info.dtype)
+        trains = len(groups) > 1
+        self._dtypes = {name: self._choose(name, dtypes, trains) for name, dtypes in found.items()}
+        shapes = {name: weight.shape for name, weight in to_named(describe(model)).items()}
+        arrays = {
+            PREFIXES[group] + name: ArrayInfo(shape=shape, dtype=self._dtype(group, name).name)
+            for group in groups
+            for name, shape in shapes.items()
+        }
+        self._counters = self._make_counters() if trains else {}
+        arrays |= {name: ArrayInfo(shape=(), dtype="int32") for name in self._counters}
+        self._writer = LayerWriter(folder, arrays)
+
+    @property
+    def order(self) -> Sequence[PartKey]:
+        return part_keys(self.model)
+
+    def write(self, group: Group, part: Part) -> None:
+        for name in part.tensors:
+            stacked, layer = stacked_name(name)
+            value = cast(part.read(name), self._dtype(group, stacked), name)
+            self._writer.write(PREFIXES[group] + stacked, value, layer)
+            del value
+
+    def finish(self) -> None:
+        for name, value in self._counters.items():
+            self._writer.write(name, np.asarray(value, np.int32))
+        files = {CONFIG_FILE: to_json({"model": to_dict(self.model), "source": self._facts})}
+        if self._tokenizer is not None:
+            files[TOKENIZER_FILE] = self._tokenizer.to_json()
+        if self._sidecar is not None:
+            files[SIDECAR_FILE] = self._sidecar.to_bytes()
+        self._writer.seal(self._step or 0, files)
+
+    def _dtype(self, group: Group, name: str) -> np.dtype:
+        return self._dtypes[name] if group == "params" else np.dtype(np.float32)
+
+    def _choose(self, name: str, found: set[np.dtype], trains: bool) -> np.dtype:
+        """Returns the dtype of an array: that of its layers, unless training needs float32."""
+        float32 = np.dtype(np.float32)
+        if len(found) > 1:
+            self.notes.append(f"{name}: its layers differ in type; stored as float32")
+            return float32
+        (dtype,) = found
+        if trains and dtype != float32:
+            self.notes.append(f"{name}: {dtype.name}; stored as float32, as training needs it")
+            return float32
+        return dtype
+
+    def _make_counters(self) -> dict[str, int]:
+        step = self._step or 0
+        counts = {} if self._sidecar is None else self._sidecar.arrays
+        adam = int(counts[SIDECAR_ADAM_COUNT][0]) if SIDECAR_ADAM_COUNT in counts else step
+        return dict.fromkeys(_COUNTERS, 0) | {"step": step, ADAM_COUNT: adam}

@@ -1,0 +1,105 @@
+"""Weights at a path, whatever their format."""
+
+import json
+from pathlib import Path
+
+from meshlm.conversion.hf import is_hf, open_hf
+from meshlm.conversion.mtj import is_mtj, open_mtj
+from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES, looks_like_old_config, parse_old_config
+from meshlm.conversion.native import CONFIG_FILE, is_native, open_native, read_model
+from meshlm.conversion.tensors import Source
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data.tokenizer import Tokenizer, load_tokenizer
+from meshlm.model.config import PRESETS, ModelConfig
+
+
+def open_source(
+    path: str | Path,
+    *,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+) -> Source:
+    """Returns the weights at a path: a run, a checkpoint, a Hugging Face folder, or the original's.
+
+    Args:
+        path: a run, a folder of checkpoints or a checkpoint of MeshLM's; a Hugging Face folder; a
+            step's folder of the original's, its parent, or an archive of it.
+        config: the model of a checkpoint of the original's: its JSON config, a config.json of
+            MeshLM's, or a preset's name. None: what lies beside the weights.
+        tokenizer: "gpt2" or a tokenizer.json, in place of the source's own.
+        allow_pickle: a pytorch_model.bin may be read, with torch in a process of its own.
+
+    Raises:
+        UsageError: there is nothing of the kind at the path, or an option does not fit it.
+        BadInputError: the weights are damaged, or do not fit their config.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path}: there is nothing at this path")
+    own = None if tokenizer is None else load_tokenizer(tokenizer)
+    if is_mtj(path):
+        source = open_mtj(path, None if config is None else read_model_config(config), own)
+    elif config is not None:
+        raise UsageError(f"--config {config}: only the original's checkpoints need one; leave it")
+    elif is_native(path):
+        source = open_native(path)
+    elif is_hf(path):
+        source = open_hf(path, own, allow_pickle=allow_pickle)
+    else:
+        raise UsageError(
+            f"{path} holds no weights that are known here: looked for a run or checkpoint of "
+            "MeshLM's (checkpoints/, step_N/manifest.json, arrays/), a Hugging Face folder "
+            "(config.json, model.safetensors) and a checkpoint of the original's "
+            "(step_N/shard_0/0.npz, meta.json, .tar.zst)"
+        )
+    if own is not None:
+        source.tokenizer = _fitting(own, source.model, str(tokenizer))
+    return source
+
+
+def read_model_config(config: str | Path) -> ModelConfig:
+    """Returns the model of a preset, of the original's JSON config, or of MeshLM's config.json.
+
+    Raises:
+        UsageError: there is neither such a file nor such a preset.
+        BadInputError: the file is no config.
+    """
+    path = Path(config)
+    if not path.is_file():
+        if str(config) in PRESETS:
+            return PRESETS[str(config)]
+        raise UsageError(
+            f"--config {config}: there is no such file, and no such preset ({', '.join(PRESETS)})"
+        )
+    with open(path, "rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    return (
+        parse_old_config(data, str(path)).model
+        if looks_like_old_config(data)
+        else _read_own(data, path)
+    )
+
+
+def _read_own(data: bytes, path: Path) -> ModelConfig:
+    if len(data) > MAX_CONFIG_BYTES:
+        raise BadInputError(f"{path} is over {MAX_CONFIG_BYTES:,} bytes: it is no config")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise BadInputError(f"{path} is not an object in JSON: give the original's config")
+    if not {"run", "model"} & content.keys():
+        # Neither: what the original's parser says of it names the missing key.
+        return parse_old_config(data, str(path)).model
+    return read_model({CONFIG_FILE: data}, str(path.parent))
+
+
+def _fitting(tokenizer: Tokenizer, model: ModelConfig, name: str) -> Tokenizer:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UsageError(
+            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model has "
+            f"{model.vocab_size} rows: choose the one it was trained with"
+        )
+    return tokenizer

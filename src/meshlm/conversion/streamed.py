@@ -1,0 +1,97 @@
+"""MeshLM's own forward pass over a model that is larger than memory: a part at a time.
+
+It is the code of `model/transformer.py`, on the CPU and in float32. The certificate holds it
+against the reference.
+
+Dim letters: T time, V vocabulary rows.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshlm.conversion.tensors import Part
+from meshlm.model import transformer
+from meshlm.model.config import ModelConfig
+from meshlm.model.params import Block, Params
+from meshlm.model.transformer import Compute
+from meshlm.ops.attention import causal_mask
+
+_BLOCK_BYTES = 64 * 1024 * 1024
+_FLOAT32 = Compute(dtype="float32")
+
+
+class StreamedForward:
+    """Takes the parts of a model in the order of the forward pass, and ends with its logits."""
+
+    def __init__(self, model: ModelConfig, tokens: Sequence[int]) -> None:
+        self._model, self._tokens = model, np.asarray(tokens, np.int32)
+        self._device = jax.local_devices(backend="cpu")[0]
+        with jax.default_device(self._device):
+            self._rotary = transformer._rotary(model, _FLOAT32, None, len(tokens))
+            self._mask = causal_mask(len(tokens))
+        self._x: jax.Array | None = None
+        self.logits = np.zeros((0, 0), np.float32)
+        """Float32 [T, V], once all parts were fed."""
+
+    def feed(self, part: Part) -> None:
+        """Computes one part: the embedding, the next layer, or the head."""
+        with jax.default_device(self._device):
+            if part.key == "embedding":
+                self._x = self._embed(part)
+            elif part.key == "head":
+                self.logits = self._head(part)
+            else:
+                self._x = self._layer(part)
+
+    def _embed(self, part: Part) -> jax.Array:
+        """Looks up in a table of the rows that are needed, and no others."""
+        has_bias = "embedding_bias" in part.tensors
+        rows = np.ascontiguousarray(part.read("embedding")[self._tokens])
+        params = _params(
+            embedding=jnp.asarray(rows),
+            embedding_bias=jnp.asarray(part.read("embedding_bias")) if has_bias else None,
+        )
+        own = jnp.arange(len(rows), dtype=jnp.int32)[None]
+        return transformer.embed(params, own, _FLOAT32)
+
+    def _layer(self, part: Part) -> jax.Array:
+        prefix = f"blocks.{part.key}."
+        fields = {}
+        # The largest first: while one is cast it is there twice.
+        for name in sorted(part.tensors, key=lambda n: -math.prod(part.tensors[n].shape)):
+            stored = jnp.asarray(part.read(name))
+            fields[name.removeprefix(prefix)] = stored.astype(jnp.float32).block_until_ready()
+        assert self._x is not None
+        block = Block(**fields)
+        x, _ = transformer._block(
+            self._x, block, self._model, _FLOAT32, self._rotary, self._mask, None
+        )
+        return x.block_until_ready()
+
+    def _head(self, part: Part) -> np.ndarray:
+        norm = _params(
+            final_norm_scale=jnp.asarray(part.read("final_norm_scale")),
+            final_norm_offset=jnp.asarray(part.read("final_norm_offset")),
+        )
+        assert self._x is not None
+        x = transformer._final_norm(norm, self._model, _FLOAT32, self._x)
+        head, bias = part.read("head"), part.read("head_bias")
+        count = max(1, _BLOCK_BYTES // (4 * head.shape[1]))
+        pieces = []
+        for start in range(0, len(head), count):
+            rows = slice(start, start + count)
+            params = _params(head=jnp.asarray(head[rows]), head_bias=jnp.asarray(bias[rows]))
+            pieces.append(np.asarray(transformer.unembed(params, x, _FLOAT32))[0])
+        return np.concatenate(pieces, axis=1)
+
+
+def _params(**given: jax.Array | None) -> Params:
+    """Returns parameters of which only some are needed, and there."""
+    none = jnp.zeros(())
+    fields = ("embedding", "final_norm_scale", "final_norm_offset", "head", "head_bias")
+    values = dict.fromkeys(fields, none) | given
+    return Params(blocks=(), **values)  # type: ignore[arg-type]
