@@ -1,0 +1,238 @@
+"""A Hugging Face folder of GPT-J's weights, opened and checked against its own config."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from meshlm.conversion import hf_names, pickled
+from meshlm.conversion.hf_config import CONFIG_FILE, read_config, read_json
+from meshlm.conversion.hf_tokenizer import find_tokenizer
+from meshlm.conversion.safetensors import Tensors, open_tensors
+from meshlm.conversion.tensors import (
+    DTYPES,
+    Group,
+    Part,
+    PartKey,
+    Source,
+    TensorInfo,
+    native_shapes,
+    part_keys,
+)
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data.tokenizer import Tokenizer
+from meshlm.model.config import ModelConfig
+
+WEIGHTS_FILE = "model.safetensors"
+PICKLED_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+_WEIGHTS = (WEIGHTS_FILE, PICKLED_FILE)
+# A plain name in the folder itself, which nothing can lead out of it.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+class HfSource(Source):
+    """The weights of a Hugging Face folder, mapped."""
+
+    kind = "hf"
+    groups: tuple[Group, ...] = ("params",)
+    step = None
+    sidecar = None
+
+    def __init__(
+        self,
+        path: Path,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
+        files: Mapping[Path, Tensors],
+    ) -> None:
+        """Args: files: the tensors of each file, by the name that messages give it.
+
+        Raises:
+            BadInputError: a tensor is unknown, missing, there twice, or of another shape or dtype.
+        """
+        self.path, self.model, self.tokenizer = path, model, tokenizer
+        self._homes = _find_homes(path, model, files)
+        shapes = {n: s for key in part_keys(model) for n, s in native_shapes(model, key).items()}
+        self._infos = {
+            name: TensorInfo(shape=shape, dtype=self._info(hf_names.hf_name(name)).dtype)
+            for name, shape in shapes.items()
+        }
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def parts(
+        self, group: Group = "params", order: Sequence[PartKey] | None = None
+    ) -> Iterator[Part]:
+        if group not in self.groups:
+            raise UsageError(f"{self.path}: a Hugging Face folder has no optimizer state")
+        for key in order or part_keys(self.model):
+            yield _HfPart(self, key)
+
+    def read_raw(self, name: str) -> np.ndarray:
+        """Returns a tensor by transformers' name, as its file has it."""
+        tensors, own_name = self._homes[name]
+        return tensors.read(own_name)
+
+    def _info(self, name: str) -> TensorInfo:
+        tensors, own_name = self._homes[name]
+        return tensors.infos[own_name]
+
+
+class _HfPart(Part):
+    def __init__(self, source: HfSource, key: PartKey) -> None:
+        self.key, self._source = key, source
+        self.tensors = {name: source.infos[name] for name in native_shapes(source.model, key)}
+        self.raw = [hf_names.hf_name(name) for name in self.tensors]
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_raw(hf_names.hf_name(name)).reshape(self.tensors[name].shape)
+
+    def read_raw(self, name: str) -> np.ndarray:
+        return self._source.read_raw(name)
+
+
+def is_hf(path: Path) -> bool:
+    """Whether this looks like a Hugging Face folder, of whatever model."""
+    if not path.is_dir():
+        return False
+    if any((path / name).is_file() for name in _weight_names()):
+        return True
+    try:
+        return "model_type" in read_json(path / CONFIG_FILE)
+    except (UsageError, BadInputError):
+        return False
+
+
+def open_hf(
+    path: Path, tokenizer: Tokenizer | None = None, *, allow_pickle: bool = False
+) -> Source:
+    """Returns the weights of a Hugging Face folder.
+
+    Args:
+        tokenizer: takes the place of the folder's own.
+        allow_pickle: a pytorch_model.bin may be read, with torch in a process of its own.
+
+    Raises:
+        UsageError: there are no weights; or torch is needed and not there.
+        BadInputError: they are not those of a GPT-J, or damaged.
+    """
+    config = read_config(path / CONFIG_FILE)
+    vocab_size = config.model.vocab_size
+    if tokenizer is None:
+        tokenizer = find_tokenizer(path, config)
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise BadInputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, and the model has rows for "
+            f"{vocab_size} only (vocab_size in {CONFIG_FILE})"
+        )
+    found = next((n for n in _weight_names() if (path / n).is_file()), None)
+    if found is None:
+        raise UsageError(f"{path}: no {WEIGHTS_FILE} or {WEIGHTS_FILE}{INDEX_SUFFIX} in it")
+    listed = _read_index(path / found) if found.endswith(INDEX_SUFFIX) else None
+    paths = [path / found] if listed is None else list(listed)
+    if not found.startswith(PICKLED_FILE):
+        files = {file: open_tensors(file) for file in paths}
+    elif allow_pickle:
+        with pickled.as_safetensors(paths) as made:
+            files = {file: open_tensors(own) for file, own in zip(paths, made, strict=True)}
+    else:
+        raise BadInputError(
+            f"{path / found}: these weights are a pickle, a program that could do anything: get "
+            "the model's safetensors files, or trust it with --allow-pickle"
+        )
+    if listed is not None:
+        _check_index(path / found, listed, files)
+    return HfSource(path, config.model, tokenizer, files)
+
+
+def _weight_names() -> Iterator[str]:
+    for name in _WEIGHTS:
+        yield from (name, name + INDEX_SUFFIX)
+
+
+def _read_index(index: Path) -> dict[Path, set[str]]:
+    """Returns the names of the tensors that an index expects in each file."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInputError(f"{index}: it has no weight_map")
+    listed: dict[Path, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise BadInputError(
+                f"{index}: {name[:200]!r} would be in {str(file)[:200]!r}, which is no file's name"
+            )
+        listed.setdefault(index.parent / file, set()).add(name)
+    for file in listed:
+        if not file.is_file():
+            raise BadInputError(f"{file}: missing, though {index.name} names it; get it again")
+    return listed
+
+
+def _check_index(
+    index: Path, listed: Mapping[Path, set[str]], files: Mapping[Path, Tensors]
+) -> None:
+    for file, names in listed.items():
+        odd = sorted(names ^ files[file].infos.keys())
+        if odd:
+            where = "but it is not" if odd[0] in names else "but it is"
+            expected = "in it" if odd[0] in names else "not in it"
+            raise BadInputError(f"{file}: {odd[0]} is {expected} by {index.name}, {where}")
+
+
+def _find_homes(
+    path: Path, model: ModelConfig, files: Mapping[Path, Tensors]
+) -> dict[str, tuple[Tensors, str]]:
+    """Returns where each tensor is, by transformers' name: its file, and its name there."""
+    count = sum(len(tensors.infos) for tensors in files.values())
+    # Before the names are made: a config can ask for more layers than there are tensors.
+    if model.num_layers > count:
+        raise BadInputError(f"{path}: {count} tensors for {model.num_layers} layers (n_layer)")
+    wanted = {
+        hf_names.hf_name(name): shape
+        for key in part_keys(model)
+        for name, shape in hf_names.hf_shapes(model, key).items()
+    }
+    homes: dict[str, tuple[Tensors, str]] = {}
+    for file, tensors in files.items():
+        for own_name, info in tensors.infos.items():
+            name = hf_names.full_name(own_name)
+            if hf_names.is_buffer(name, model.num_layers):
+                continue
+            if name not in wanted:
+                raise BadInputError(
+                    f"{file}: {own_name} is no tensor of a GPT-J of {model.num_layers} layers"
+                )
+            if name in homes:
+                raise BadInputError(f"{file}: {own_name} is there twice")
+            _check_tensor(file, own_name, info, wanted[name])
+            homes[name] = tensors, own_name
+    missing = [name for name in wanted if name not in homes]
+    if missing:
+        raise _missing(path, missing)
+    return homes
+
+
+def _check_tensor(file: Path, name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise BadInputError(
+            f"{file}: {name} is {list(info.shape)}, and {list(shape)} by {CONFIG_FILE}"
+        )
+    if info.dtype not in DTYPES.values():
+        raise BadInputError(
+            f"{file}: {name} is {info.dtype.name}: weights are {', '.join(DTYPES)} here"
+        )
+
+
+def _missing(path: Path, names: Sequence[str]) -> BadInputError:
+    if all(name.startswith(hf_names.HEAD_PREFIX) for name in names):
+        return BadInputError(
+            f"{path}: {names[0]} is missing: this was saved from a model without its head; save "
+            "it from GPTJForCausalLM"
+        )
+    return BadInputError(
+        f"{path}: {names[0]} is missing, one of {len(names)} tensors; get it again"
+    )

@@ -1,0 +1,296 @@
+"""Hugging Face's config.json, read as transformers reads it and written so that it does.
+
+A key that this page does not know is refused: it might change the numbers.
+
+Source: transformers 5.23, models/gptj/configuration_gptj.py and configuration_utils.py.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.model.config import GPT2_VOCAB_SIZE, ModelConfig
+
+CONFIG_FILE = "config.json"
+MAX_JSON_BYTES = 4 << 20
+ROTARY_BASE = 10_000.0
+"""The one base that transformers has for GPT-J."""
+
+# What transformers takes where the key is left out.
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 50_400,
+    "n_positions": 2048,
+    "n_embd": 4096,
+    "n_layer": 28,
+    "n_head": 16,
+    "rotary_dim": 64,
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+}
+_ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+_MAX_SIZE = 1 << 31
+_MAX_LAYERS = 10_000
+_MODEL_TYPE = "gptj"
+# A model that was saved for another task has another head, or none.
+_ARCHITECTURES = {"GPTJForCausalLM", "FlaxGPTJForCausalLM", "TFGPTJForCausalLM", "GPTJModel"}
+
+# The values at which a key that can change the numbers changes nothing: the tanh GELU by all its
+# names, and what the GPT-2 family and the rotary models have beside GPT-J.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"),
+    "add_cross_attention": (False,),
+    "auto_map": (None, {}),
+    "cross_attention_hidden_size": (None,),
+    "is_encoder_decoder": (False,),
+    "layer_types": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "reorder_and_upcast_attn": (False,),
+    "rope_parameters": (
+        None,
+        {},
+        {"rope_type": "default"},
+        {"rope_theta": ROTARY_BASE, "rope_type": "default"},
+    ),
+    "rope_scaling": (None,),
+    "rope_theta": (ROTARY_BASE,),
+    "rotary": (True,),
+    "rotary_emb_base": (ROTARY_BASE,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "sliding_window": (None,),
+    "tie_encoder_decoder": (False,),
+    "tie_word_embeddings": (False,),
+}
+
+# Training, tasks, the form of the output, the way it is computed, and where a file came from.
+_HARMLESS = """
+    resid_pdrop embd_pdrop attn_pdrop initializer_range gradient_checkpointing
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class
+    prefix n_ctx id2label label2id num_labels problem_type finetuning_task task_specific_params
+    dtype torch_dtype use_bfloat16 torchscript tf_legacy_loss chunk_size_feed_forward is_decoder
+    return_dict output_attentions output_hidden_states tie_last_hidden_states attn_implementation
+    _attn_implementation _attn_implementation_internal _attn_implementation_autoset
+    _experts_implementation_internal _flash_attn_2_enabled name_or_path _name_or_path _commit_hash
+    transformers_version transformers_weights
+"""
+# Defaults of generation, which old versions kept in this file.
+_GENERATION = """
+    assistant_confidence_threshold assistant_early_exit assistant_lookbehind bad_words_ids
+    begin_suppress_tokens cache_implementation constraints diversity_penalty do_sample
+    dola_layers early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+    epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids
+    forced_bos_token_id forced_eos_token_id guidance_scale length_penalty low_memory max_length
+    max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_logits output_scores penalty_alpha prompt_lookup_num_tokens
+    remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
+    sequence_bias stop_strings suppress_tokens target_lookbehind temperature token_healing top_k
+    top_p typical_p use_cache watermarking_config
+"""
+_IGNORED = frozenset((_HARMLESS + _GENERATION).split())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HfConfig:
+    """What config.json says."""
+
+    model: ModelConfig
+    tokenizer_class: str | None
+    end_of_text_ids: frozenset[int]
+    """Empty where the file names none."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a small JSON file.
+
+    Raises:
+        UsageError: there is no such file.
+        BadInputError: it is too large, or not an object whose keys occur once.
+    """
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BadInputError(f"{path}: over {MAX_JSON_BYTES >> 20} MiB, too large for this file")
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise BadInputError(f"{path}: not UTF-8 text") from None
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(items)) < len(items):
+            raise ValueError("a key occurs twice")
+        return result
+
+    try:
+        loaded = json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: not usable JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(loaded, dict):
+        raise BadInputError(f"{path}: not a JSON object")
+    return loaded
+
+
+def read_config(path: Path) -> HfConfig:
+    """Returns what a config.json says.
+
+    Raises:
+        UsageError: there is no such file.
+        BadInputError: it is of another model, or has a key that would change the numbers.
+    """
+    config = read_json(path)
+    kind = config.pop("model_type", None)
+    if kind != _MODEL_TYPE:
+        raise _bad(path, f"model_type is {_show(kind)}: MeshLM reads {_MODEL_TYPE!r} only")
+    _check_architectures(path, config.pop("architectures", None))
+    for alias, name in _ALIASES.items():
+        if alias in config:
+            value = config.pop(alias)
+            if config.setdefault(name, value) != value:
+                raise _bad(path, f"{alias} and {name} differ: delete the wrong one")
+    shape = {name: config.pop(name, default) for name, default in _SHAPE.items()}
+    model = _to_model(path, shape)
+    # Written by other programs: it must be what GPT-J's is, all heads sharing d_model.
+    if config.pop("head_dim", model.head_dim) != model.head_dim:
+        raise _bad(path, "head_dim is not n_embd / n_head, which transformers' GPT-J cannot have")
+    _check_neutral(path, config)
+    ends = config.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [ends]
+    tokenizer_class = config.get("tokenizer_class")
+    return HfConfig(
+        model=model,
+        tokenizer_class=tokenizer_class if isinstance(tokenizer_class, str) else None,
+        end_of_text_ids=frozenset(i for i in ids if type(i) is int),
+    )
+
+
+def make_config(model: ModelConfig, dtype: str, end_of_text_id: int | None) -> dict[str, Any]:
+    """Returns a config.json that transformers 4 and 5 read as this shape.
+
+    Raises:
+        UsageError: the shape is not one that transformers' GPT-J can have.
+    """
+    if model.rotary_base != ROTARY_BASE:
+        raise UsageError(
+            f"rotary_base is {model.rotary_base}: transformers' GPT-J has {ROTARY_BASE} only, and "
+            "its config.json has no key for it; convert --to meshlm"
+        )
+    if model.head_dim * model.num_heads != model.d_model:
+        raise UsageError(
+            f"{model.num_heads} heads of {model.head_dim} are not d_model ({model.d_model}), as "
+            "transformers' GPT-J needs; convert --to meshlm"
+        )
+    return {
+        "activation_function": "gelu_new",
+        "architectures": ["GPTJForCausalLM"],
+        "attn_pdrop": 0.0,
+        "bos_token_id": end_of_text_id,
+        "dtype": dtype,
+        "embd_pdrop": 0.0,
+        "eos_token_id": end_of_text_id,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": model.layer_norm_epsilon,
+        "model_type": _MODEL_TYPE,
+        "n_embd": model.d_model,
+        "n_head": model.num_heads,
+        "n_inner": None if model.d_ff == 4 * model.d_model else model.d_ff,
+        "n_layer": model.num_layers,
+        "n_positions": model.context_length,
+        "resid_pdrop": 0.0,
+        "rotary": True,
+        "rotary_dim": model.rotary_dim,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def end_of_text_of(vocab_size: int, tokenizer_end: int | None) -> int | None:
+    """Returns the id that ends a text: the tokenizer's, or GPT-2's where there are rows for it."""
+    if tokenizer_end is not None:
+        return tokenizer_end
+    return GPT2_VOCAB_SIZE - 1 if vocab_size >= GPT2_VOCAB_SIZE else None
+
+
+def _check_architectures(path: Path, names: Any) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list) or not _ARCHITECTURES & {n for n in names if type(n) is str}:
+        raise _bad(path, f"architectures is {_show(names)}: MeshLM reads GPTJForCausalLM only")
+
+
+def _to_model(path: Path, shape: Mapping[str, Any]) -> ModelConfig:
+    for name, value in shape.items():
+        if name == "n_inner" and value is None:
+            continue
+        if name == "layer_norm_epsilon":
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise _bad(path, f"{name} is {_show(value)}, not a positive number")
+        elif type(value) is not int or not 0 < value < _MAX_SIZE:
+            raise _bad(path, f"{name} is {_show(value)}, not a positive whole number")
+    if shape["n_layer"] > _MAX_LAYERS:
+        raise _bad(path, f"n_layer is {shape['n_layer']}, over {_MAX_LAYERS}")
+    width, heads, rotary_dim = shape["n_embd"], shape["n_head"], shape["rotary_dim"]
+    if width % heads:
+        raise _bad(path, f"n_head is {heads}, which does not divide n_embd ({width})")
+    if rotary_dim % 2 or rotary_dim > width // heads:
+        raise _bad(
+            path,
+            f"rotary_dim is {rotary_dim}: it must be even and at most n_embd / n_head "
+            f"({width // heads})",
+        )
+    return ModelConfig(
+        num_layers=shape["n_layer"],
+        d_model=width,
+        num_heads=heads,
+        head_dim=width // heads,
+        d_ff=shape["n_inner"] or 4 * width,
+        vocab_size=shape["vocab_size"],
+        context_length=shape["n_positions"],
+        rotary_dim=rotary_dim,
+        layer_norm_epsilon=float(shape["layer_norm_epsilon"]),
+    )
+
+
+def _check_neutral(path: Path, config: Mapping[str, Any]) -> None:
+    for name, value in config.items():
+        if name in _IGNORED:
+            continue
+        if name not in _NEUTRAL:
+            raise _bad(
+                path,
+                f"{_show(name)} is not a key that MeshLM knows: delete it if it does not change "
+                "the model's numbers",
+            )
+        if not _is_among(value, _NEUTRAL[name]):
+            wanted = " or ".join(json.dumps(v) for v in _NEUTRAL[name])
+            raise _bad(path, f"{name} is {_show(value)}: MeshLM's GPT-J has {wanted} only")
+
+
+def _is_among(value: Any, neutral: Collection[Any]) -> bool:
+    # 1 == True and 0 == False in Python, but not in JSON.
+    return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _bad(path: Path, why: str) -> BadInputError:
+    return BadInputError(f"{path}: {why}")

@@ -1,0 +1,76 @@
+"""The tensors of transformers' GPT-J: their names and shapes, and which native tensor each is.
+
+Weights are [out, in] in both; only the dims of the heads are folded into one another there.
+
+Source: transformers 5.23, models/gptj/modeling_gptj.py.
+"""
+
+import re
+
+from meshlm.conversion.tensors import PartKey, native_shapes
+from meshlm.model.config import ModelConfig
+
+PREFIX = "transformer."
+HEAD_PREFIX = "lm_head."
+
+_LAYER = {
+    "norm_scale": "ln_1.weight",
+    "norm_offset": "ln_1.bias",
+    "query": "attn.q_proj.weight",
+    "key": "attn.k_proj.weight",
+    "value": "attn.v_proj.weight",
+    "attention_out": "attn.out_proj.weight",
+    "ff_in": "mlp.fc_in.weight",
+    "ff_in_bias": "mlp.fc_in.bias",
+    "ff_out": "mlp.fc_out.weight",
+    "ff_out_bias": "mlp.fc_out.bias",
+}
+_OUTER = {
+    "embedding": f"{PREFIX}wte.weight",
+    "final_norm_scale": f"{PREFIX}ln_f.weight",
+    "final_norm_offset": f"{PREFIX}ln_f.bias",
+    "head": f"{HEAD_PREFIX}weight",
+    "head_bias": f"{HEAD_PREFIX}bias",
+}
+# What old versions saved beside the weights: the causal mask, and tables that follow from the
+# config. Nothing is learned in them.
+_BUFFER = re.compile(
+    rf"{re.escape(PREFIX)}h\.(0|[1-9][0-9]{{0,4}})\.attn\."
+    r"(bias|masked_bias|embed_positions|rotary_emb\.inv_freq)"
+)
+
+
+def hf_name(native: str) -> str:
+    """Returns transformers' name of a native tensor."""
+    if native in _OUTER:
+        return _OUTER[native]
+    _, layer, field = native.split(".")
+    return f"{PREFIX}h.{layer}.{_LAYER[field]}"
+
+
+def hf_shapes(model: ModelConfig, key: PartKey) -> dict[str, tuple[int, ...]]:
+    """Returns transformers' shape of each of a part's tensors by native name."""
+    shapes = native_shapes(model, key)
+    shapes.pop("embedding_bias", None)
+    return {name: _to_hf_shape(name, shape) for name, shape in shapes.items()}
+
+
+def full_name(name: str) -> str:
+    """Returns the name with its prefix, which a bare GPTJModel is saved without."""
+    return name if name.startswith((PREFIX, HEAD_PREFIX)) else PREFIX + name
+
+
+def is_buffer(name: str, num_layers: int) -> bool:
+    """Whether a tensor, by its full name, is one that can be ignored."""
+    found = _BUFFER.fullmatch(name)
+    return found is not None and int(found[1]) < num_layers
+
+
+def _to_hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if name.endswith((".query", ".key", ".value")):
+        N, H, D = shape
+        return N * H, D
+    if name.endswith(".attention_out"):
+        D, N, H = shape
+        return D, N * H
+    return shape

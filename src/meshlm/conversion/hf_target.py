@@ -1,0 +1,182 @@
+"""A Hugging Face folder being written, which transformers loads as it is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from meshlm.conversion.hf import INDEX_SUFFIX, WEIGHTS_FILE
+from meshlm.conversion.hf_config import CONFIG_FILE, make_config
+from meshlm.conversion.hf_names import hf_name, hf_shapes
+from meshlm.conversion.hf_tokenizer import end_of_text_id, write_json, write_tokenizer
+from meshlm.conversion.safetensors import TensorWriter
+from meshlm.conversion.sidecar import Sidecar
+from meshlm.conversion.tensors import (
+    DTYPES,
+    Group,
+    Part,
+    PartKey,
+    Target,
+    TensorInfo,
+    cast,
+    part_keys,
+)
+from meshlm.data.tokenizer import Tokenizer
+from meshlm.model.config import ModelConfig
+
+MAX_FILE_BYTES = 4_000_000_000
+_METADATA = {"format": "pt"}  # transformers refuses a file without it
+_BLOCK_ROWS = 1024
+_FLOAT32 = DTYPES["float32"]
+
+
+class HfTarget(Target):
+    """config.json, the tokenizer, and safetensors of at most 4 GB each."""
+
+    kind = "hf"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: ModelConfig,
+        infos: Mapping[str, TensorInfo],
+        groups: Sequence[Group],
+        tokenizer: Tokenizer | None,
+        step: int | None,
+        sidecar: Sidecar | None,
+        max_file_bytes: int = MAX_FILE_BYTES,
+    ) -> None:
+        """Args: infos: a tensor is cast to the dtype that it has here, once.
+
+        The format has no place for the embedding bias, which is added to the embedding; nor for
+        the optimizer's state, the step and the sidecar, which are left out.
+
+        Raises:
+            UsageError: transformers' GPT-J cannot have this shape.
+        """
+        self._folder, self._tokenizer = folder, tokenizer
+        self._end = end_of_text_id(tokenizer, model)
+        make_config(model, "float32", self._end)  # raises before anything is written
+        self.notes = []
+        self.model = replace(model, embedding_bias=False)
+        dtypes = {name: info.dtype for name, info in infos.items()}
+        matrices = _matrices(dtypes)
+        self._common = _FLOAT32 if len(matrices) > 1 else matrices.pop()
+        if model.embedding_bias and len(set(dtypes.values())) > 1:
+            dtypes["embedding"] = _FLOAT32
+        self._say(model, dtypes, groups, sidecar)
+        self._infos = {
+            hf_name(name): TensorInfo(shape=shape, dtype=dtypes[name])
+            for key in part_keys(model)
+            for name, shape in hf_shapes(model, key).items()
+        }
+        self._files = self._plan(max_file_bytes)
+        self._writers: dict[str, TensorWriter] = {}
+        self._common_is_exact = True
+
+    @property
+    def order(self) -> Sequence[PartKey]:
+        return part_keys(self.model)
+
+    def write(self, group: Group, part: Part) -> None:
+        if group != "params":
+            return
+        for name in part.tensors:
+            if name == "embedding_bias":
+                continue
+            info = self._infos[hf_name(name)]
+            if name == "embedding" and "embedding_bias" in part.tensors:
+                bias = part.read("embedding_bias")
+                array = _fold(part.read(name), bias, info.dtype)
+            else:
+                array = cast(part.read(name), info.dtype, name)
+            array = array.reshape(info.shape)
+            self._common_is_exact = self._common_is_exact and _is_exact(array, self._common)
+            self._write(hf_name(name), array)
+
+    def finish(self) -> None:
+        assert len(self._writers) == len(set(self._files.values()))
+        assert all(writer.is_whole for writer in self._writers.values())
+        if len(self._writers) > 1:
+            sizes = [math.prod(i.shape) * i.dtype.itemsize for i in self._infos.values()]
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": self._files}
+            write_json(self._folder / (WEIGHTS_FILE + INDEX_SUFFIX), index)
+        # transformers loads in this dtype unless told otherwise: it must hold every number.
+        dtype = self._common if self._common_is_exact else _FLOAT32
+        write_json(self._folder / CONFIG_FILE, make_config(self.model, dtype.name, self._end))
+        generation = {"bos_token_id": self._end, "eos_token_id": self._end}
+        write_json(self._folder / "generation_config.json", generation)
+        if self._tokenizer is not None:
+            self.notes += write_tokenizer(self._folder, self._tokenizer, self.model)
+
+    def _say(
+        self,
+        model: ModelConfig,
+        dtypes: Mapping[str, np.dtype],
+        groups: Sequence[Group],
+        sidecar: Sidecar | None,
+    ) -> None:
+        if model.embedding_bias:
+            self.notes.append(
+                "the embedding bias is added to the embedding, as transformers' GPT-J has none: "
+                f"summed in float32, stored as {dtypes['embedding'].name}"
+            )
+        if set(groups) != {"params"}:
+            self.notes.append("the optimizer's state is left out: this format has no place for it")
+        if sidecar is not None:
+            self.notes.append("the values of each shard are left out: this format has the sum only")
+
+    def _plan(self, max_file_bytes: int) -> dict[str, str]:
+        """Returns the file of each tensor: as many in one, in order, as it may hold."""
+        numbers, number, filled = {}, 1, 0
+        for name, info in self._infos.items():
+            size = math.prod(info.shape) * info.dtype.itemsize
+            if filled and filled + size > max_file_bytes:
+                number, filled = number + 1, 0
+            numbers[name], filled = number, filled + size
+        if number == 1:
+            return dict.fromkeys(numbers, WEIGHTS_FILE)
+        stem, suffix = WEIGHTS_FILE.split(".")
+        return {name: f"{stem}-{i:05}-of-{number:05}.{suffix}" for name, i in numbers.items()}
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        file = self._files[name]
+        writer = self._writers.get(file)
+        if writer is None:
+            infos = {n: self._infos[n] for n, own in self._files.items() if own == file}
+            writer = self._writers[file] = TensorWriter(self._folder / file, infos, _METADATA)
+        writer.write(name, array)
+        if writer.is_whole:
+            writer.finish()
+
+
+def _matrices(dtypes: Mapping[str, np.dtype]) -> set[np.dtype]:
+    small = ("bias", "norm_scale", "norm_offset")
+    return {dtype for name, dtype in dtypes.items() if not name.endswith(small)}
+
+
+def _fold(table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns the table with the bias in every row: summed in float32, then rounded once."""
+    bias = bias_D.astype(np.float32)
+    result = np.empty(table_VD.shape, dtype)
+    for start in range(0, len(result), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        result[rows] = cast(table_VD[rows].astype(np.float32) + bias, dtype, "embedding")
+    return result
+
+
+def _is_exact(array: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether `dtype` holds every number of the array."""
+    if array.dtype == dtype or dtype == _FLOAT32:
+        return True
+    rows = array.reshape(-1, array.shape[-1])
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
+        with np.errstate(over="ignore"):
+            back = block.astype(dtype).astype(np.float32)
+        if not np.array_equal(back, block.astype(np.float32)):
+            return False
+    return True
