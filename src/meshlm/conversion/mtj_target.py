@@ -11,7 +11,7 @@ from meshlm.conversion.mtj import summed
 from meshlm.conversion.mtj_config import config_of_model
 from meshlm.conversion.mtj_finding import META_NAME
 from meshlm.conversion.mtj_layout import STEP, Slot
-from meshlm.conversion.npz import NpzWriter
+from meshlm.conversion.npz_writer import NpzWriter
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.tensors import Group, Part, PartKey, Target, TensorInfo
 from meshlm.core.config import to_json

@@ -1,27 +1,27 @@
-"""Files of numpy arrays (`np.savez`): read strictly, stored members as views; written in a stream.
+"""Files of numpy arrays (`np.savez`), read strictly, stored members as views.
 
 The members are `arr_0.npy`, `arr_1.npy` and so on, stored or deflated. Every size that the file
 states is compared with the file's own length, and a deflated member is inflated to the length that
 its array has and not a byte further, so that no member can ask for more memory than it should.
 """
 
-import itertools
 import mmap
 import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
-from meshlm.conversion.npy import Body, NpyHeader, read_header, read_into, write_array
+from meshlm.conversion.npy import Body, NpyHeader, read_header, read_into
 from meshlm.core.errors import BadInputError
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_SIZES_FOLLOW = 8
+_SIZES_BYTES = (16, 24)
+"""What follows a member that was written without seeking: checksum and sizes of 4 or 8 bytes."""
 _MAX_MEMBERS = 10_000
 _MAX_DIRECTORY_BYTES = 4 << 20
 
@@ -118,13 +118,9 @@ class NpzFile:
         self.where = where
         self._data = memoryview(data)
         self._checked: set[int] = set()
-        infos = _directory(self._data, where)
+        infos, end = _directory(self._data, where)
+        _check_cover(self._data, infos, end, where)
         self._members = [self._member(info, number) for number, info in enumerate(infos)]
-        ends = sorted((info.header_offset, _start(self._data, info, where)) for info in infos)
-        sizes = {info.header_offset: info.compress_size for info in infos}
-        for (offset, start), (after, _) in itertools.pairwise(ends):
-            if start + sizes[offset] > after:
-                raise BadInputError(f"{where} is a zip whose members overlap: refused")
 
     @classmethod
     def open(cls, path: Path) -> "NpzFile":
@@ -210,11 +206,11 @@ def _body(data: memoryview, deflated: bool, where: str) -> Body:
     return DeflatedBody(body, len(data), where) if deflated else body
 
 
-def _directory(data: memoryview, where: str) -> list[zipfile.ZipInfo]:
-    """Returns the entries of `arr_0.npy`, `arr_1.npy`, ... in this order."""
+def _directory(data: memoryview, where: str) -> tuple[list[zipfile.ZipInfo], int]:
+    """Returns the entries of `arr_0.npy`, `arr_1.npy`, ... in this order, and where they begin."""
     try:
         with zipfile.ZipFile(_Buffer(data)) as file:  # pyright: ignore[reportArgumentType]
-            infos = file.infolist()
+            infos, start = file.infolist(), file.start_dir
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
         raise BadInputError(f"{where} is not a whole npz file ({error}): fetch it again") from None
     if len(infos) > _MAX_MEMBERS:
@@ -232,7 +228,21 @@ def _directory(data: memoryview, where: str) -> list[zipfile.ZipInfo]:
                 f"{where} {info.filename} is encrypted or compressed by method "
                 f"{info.compress_type}; known: stored, deflated"
             )
-    return [by_name[name] for name in names]
+    return [by_name[name] for name in names], start
+
+
+def _check_cover(data: memoryview, infos: list[zipfile.ZipInfo], end: int, where: str) -> None:
+    """Raises BadInputError unless the members fill the file up to `end`, one behind the other."""
+    ordered = sorted(infos, key=lambda info: info.header_offset)
+    starts = [*(info.header_offset for info in ordered), end]
+    if starts[0]:
+        raise BadInputError(f"{where} does not begin with its first array: refused")
+    for info, after in zip(ordered, starts[1:], strict=True):
+        gap = after - _start(data, info, where) - info.compress_size
+        if gap < 0:
+            raise BadInputError(f"{where} is a zip whose members overlap: refused")
+        if gap not in (_SIZES_BYTES if info.flag_bits & _SIZES_FOLLOW else (0,)):
+            raise BadInputError(f"{where} has bytes between its members: refused")
 
 
 def _start(data: memoryview, info: zipfile.ZipInfo, where: str) -> int:
@@ -275,33 +285,3 @@ class _Buffer:
         result = bytes(self._data[self._at : end])
         self._at += len(result)
         return result
-
-
-class NpzWriter:
-    """A new file of arrays, as `np.savez` writes it; each is written as it is added."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = zipfile.ZipFile(path, "x")
-        self._count = 0
-
-    def add(self, array: np.ndarray) -> None:
-        """Writes the next array, any view of one; bfloat16 as two bytes of anything."""
-        name = f"arr_{self._count}.npy"
-        with self._file.open(name, "w", force_zip64=True) as file:
-            write_array(file.write, array)
-        self._count += 1
-
-    def close(self) -> None:
-        """Writes the directory; the file is whole after this."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
