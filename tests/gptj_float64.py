@@ -55,6 +55,8 @@ def forward(params: Params, config: ModelConfig, tokens, segments=None):
     batch, length = tokens.shape
     seen, positions = causal(batch, length, segments), np.arange(length)
     x = np.asarray(params.embedding, np.float64)[tokens]
+    if params.embedding_bias is not None:
+        x = x + np.asarray(params.embedding_bias, np.float64)
     for layer in range(config.num_layers):
         w = {
             name: np.asarray(value, np.float64)[layer]

@@ -13,107 +13,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlm.core.tree import from_named, to_named
 from meshlm.model.config import PRESETS, ModelConfig
-from meshlm.model.params import Params, count_params
+from meshlm.model.params import count_params
 from meshlm.model.transformer import forward
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepBatch, compile_train_step, init_state, loss_and_grads
 from tiny import F32, assert_trees_close, draw_params, draw_tokens, relative_max, step_config
+from torch_gptj import as_torch, from_torch, hf_config, shapes, to_torch
 
 pytestmark = pytest.mark.parity
-
-LAYER_NAMES = {
-    "norm_scale": "ln_1.weight",
-    "norm_offset": "ln_1.bias",
-    "query": "attn.q_proj.weight",
-    "key": "attn.k_proj.weight",
-    "value": "attn.v_proj.weight",
-    "attention_out": "attn.out_proj.weight",
-    "ff_in": "mlp.fc_in.weight",
-    "ff_in_bias": "mlp.fc_in.bias",
-    "ff_out": "mlp.fc_out.weight",
-    "ff_out_bias": "mlp.fc_out.bias",
-}
-OUTER_NAMES = {
-    "embedding": "transformer.wte.weight",
-    "final_norm_scale": "transformer.ln_f.weight",
-    "final_norm_offset": "transformer.ln_f.bias",
-    "head": "lm_head.weight",
-    "head_bias": "lm_head.bias",
-}
-
-
-def hf_config(config: ModelConfig) -> transformers.GPTJConfig:
-    return transformers.GPTJConfig(
-        vocab_size=config.vocab_size,
-        n_positions=config.context_length,
-        n_embd=config.d_model,
-        n_layer=config.num_layers,
-        n_head=config.num_heads,
-        rotary_dim=config.rotary_dim,
-        n_inner=config.d_ff,
-        layer_norm_epsilon=config.layer_norm_epsilon,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-
-
-def to_torch(params: Params, config: ModelConfig) -> transformers.GPTJForCausalLM:
-    model = transformers.GPTJForCausalLM(hf_config(config)).float()
-    weights = {}
-    for name, theirs in OUTER_NAMES.items():
-        weights[theirs] = np.asarray(getattr(params, name))
-    for name, theirs in LAYER_NAMES.items():
-        for layer, value in enumerate(np.asarray(getattr(params.blocks, name))):
-            weights[f"transformer.h.{layer}.{theirs}"] = value
-    own = dict(model.named_parameters())
-    assert own.keys() == weights.keys()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            assert parameter.numel() == weights[name].size, name
-            parameter.copy_(torch.from_numpy(weights[name].reshape(parameter.shape).copy()))
-    return model.eval()
-
-
-def from_torch(tensors: dict[str, torch.Tensor], like: Params) -> Params:
-    """A tree like `like` from torch's parameters or gradients."""
-    layers = like.blocks.norm_scale.shape[0]
-    named = {}
-    for name, value in to_named(like).items():
-        field = name.removeprefix("blocks.")
-        if field in OUTER_NAMES:
-            rows = tensors[OUTER_NAMES[field]].detach().numpy()
-        else:
-            theirs = [tensors[f"transformer.h.{i}.{LAYER_NAMES[field]}"] for i in range(layers)]
-            rows = np.stack([tensor.detach().numpy() for tensor in theirs])
-        named[name] = rows.reshape(value.shape).copy()
-    return from_named(like, named)
-
-
-@st.composite
-def shapes(draw) -> ModelConfig:
-    heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 8)) * 2
-    return ModelConfig(
-        num_layers=draw(st.integers(1, 3)),
-        d_model=heads * head_dim,  # transformers knows no other
-        num_heads=heads,
-        head_dim=head_dim,
-        rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
-        d_ff=draw(st.integers(3, 50)),
-        vocab_size=2 * draw(st.integers(3, 40)) + 1,
-        context_length=24,
-        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-3])),
-    )
-
-
-def as_torch(tokens) -> torch.Tensor:
-    return torch.from_numpy(np.array(tokens)).long()
 
 
 def torch_loss(model, tokens, targets) -> torch.Tensor:
@@ -121,9 +29,28 @@ def torch_loss(model, tokens, targets) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), as_torch(targets).flatten())
 
 
+CASES = {
+    "config": shapes(),
+    "rows": st.integers(1, 3),
+    "length": st.integers(2, 16),
+    "seed": st.integers(0, 99),
+}
+
+
 @settings(max_examples=5)
-@given(config=shapes(), rows=st.integers(1, 3), length=st.integers(2, 16), seed=st.integers(0, 99))
+@given(**CASES)
 def test_logits_and_gradients(config, rows, length, seed):
+    check_logits_and_gradients(config, rows, length, seed)
+
+
+@pytest.mark.long
+@settings(max_examples=80)
+@given(**CASES)
+def test_logits_and_gradients_of_many_shapes(config, rows, length, seed):
+    check_logits_and_gradients(config, rows, length, seed)
+
+
+def check_logits_and_gradients(config, rows, length, seed):
     params = draw_params(config, seed, scale=0.2)
     tokens, targets = (draw_tokens(config, rows, length, seed + i) for i in (0, 1))
     model = to_torch(params, config)
@@ -145,6 +72,26 @@ def test_logits_and_gradients(config, rows, length, seed):
     ours, grads = logits_and_grads(params, batch)
     assert relative_max(ours, theirs) <= 2e-5
     assert_trees_close(grads, from_torch(gradients, params), 1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_agree_where_there_is_text(side):
+    """transformers takes rows of different lengths padded; each is that row alone here."""
+    params, lengths, width = draw_params(CONFIG, 3, scale=0.2), (16, 9, 3), 16
+    model = to_torch(params, CONFIG)
+    tokens = np.array(draw_tokens(CONFIG, 3, width, 5))
+    mask = np.zeros((3, width), np.int64)
+    for row, length in enumerate(lengths):
+        mask[row, slice(width - length, None) if side == "left" else slice(length)] = 1
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        theirs = model(
+            as_torch(tokens), attention_mask=as_torch(mask), position_ids=as_torch(positions)
+        ).logits.numpy()
+    for row in range(3):
+        real = mask[row] == 1
+        ours = forward(params, CONFIG, jnp.asarray(tokens[row][real][None]), F32)[0]
+        assert relative_max(ours, theirs[row][real]) <= 2e-5
 
 
 CONFIG = ModelConfig(
