@@ -98,7 +98,11 @@ class StepConfig:
 
 def init_state(config: StepConfig, seed: int) -> TrainState:
     """Returns the state before the first step, drawn from `seed`; call it in a mesh, under jit."""
-    params = init_params(config.model, jax.random.key(seed))
+    return begin_state(config, init_params(config.model, jax.random.key(seed)))
+
+
+def begin_state(config: StepConfig, params: PyTree) -> TrainState:
+    """Returns the state before the first step from given parameters."""
     optimizer = config.make_optimizer()
     zero = jnp.zeros((), jnp.int32)
     return TrainState(

@@ -22,10 +22,9 @@ from meshlm.training.config import (
     StoreRecord,
     TrainConfig,
     check_batch,
-    continued_run,
-    first_difference,
     new_run,
 )
+from meshlm.training.continuing import continued_run, first_difference
 from meshlm.training.memory import check_memory, least_memory_bytes
 from meshlm.training.metrics import NoiseScale
 from meshlm.training.run_folder import parse_config

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from meshlm.core.config import from_dict, to_dict
+from meshlm.core.config import from_dict
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.model.config import PRESETS, ModelConfig, vocab_rows
@@ -19,6 +19,8 @@ from meshlm.model.params import check_divides, count_params
 from meshlm.model.transformer import Compute, Remat
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepConfig
+
+Recipe = Literal["mtj-2021"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,16 @@ class TrainConfig:
     """Folder of the run: configuration, metrics, checkpoints, samples, report."""
     data: tuple[str, ...] | None = None
     """Token stores, as PATH or PATH=WEIGHT each."""
+    config: Path | None = None
+    """Options in a JSON file, as `meshlm convert-config` writes them; those given here win."""
+    init: Path | None = None
+    """Weights to begin with, in any format that `meshlm convert` reads; the optimizer is fresh."""
+    resume_from: Path | None = None
+    """A checkpoint with its optimizer's state, MeshLM's or the original's: go on from it."""
+    recipe: Recipe | None = None
+    """mtj-2021: train exactly as the original did, its summed biases and bfloat16 included."""
+    recipe_shards: int | None = None
+    """Shards of the run that --recipe mtj-2021 carries on. [as in the checkpoint; 8]"""
     preset: str | None = None
     """Shape of the model: test, demo, 125m, 350m, 1.3b, 2.7b, gpt-j-6b, 23b. [demo]"""
     steps: int | None = None
@@ -83,15 +95,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", Path(self.run))
+        if self.init is not None and self.resume_from is not None:
+            raise UsageError(
+                "--init and --resume-from: give one, with a fresh optimizer or its own"
+            )
         for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 wanted = f"{least} or more" if value < least else f"{most} or less"
-                raise UsageError(f"--{_flag(name)} {value}: give {wanted}")
+                raise UsageError(f"--{flag(name)} {value}: give {wanted}")
         for name in _NUMBERS:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UsageError(f"--{_flag(name)} {value:g}: give 0 or more, and finite")
+                raise UsageError(f"--{flag(name)} {value:g}: give 0 or more, and finite")
         if self.clip_norm == 0:
             raise UsageError("--clip-norm 0: give more than 0; 1e9 turns clipping off")
         if self.sample_every and not self.sample_prompts:
@@ -109,6 +125,7 @@ _WHOLE_NUMBERS = {
     "warmup_steps": (0, _MOST),
     "anneal_steps": (0, _MOST),
     "accumulate": (1, _MOST),
+    "recipe_shards": (1, 4096),
     "checkpoint_every": (1, _MOST),
     "keep": (1, _MOST),
     "keep_every": (1, _MOST),
@@ -130,6 +147,21 @@ class StoreRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint that a run's first weights come from."""
+
+    path: str
+    format: str
+    """meshlm, hf or mtj."""
+    step: int | None
+    """Steps of training behind it, where it says so."""
+    goes_on: bool
+    """Its optimizer's state and its step are the run's too."""
+    shards: int | None
+    """Shards of an original checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run's past in full: what may not change when it goes on, but `steps`."""
 
@@ -147,6 +179,14 @@ class RunConfig:
     accumulate: int
     z_loss: float
     compute_dtype: Literal["bfloat16", "float32"]
+    origin: Origin | None = None
+    """None: the first weights were drawn."""
+    recipe: Recipe | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The step that the run begins after."""
+        return self.origin.step or 0 if self.origin is not None and self.origin.goes_on else 0
 
     def step_config(self, remat: Remat | None, mesh: MeshConfig) -> StepConfig:
         """Returns what the compiled step depends on."""
@@ -164,6 +204,7 @@ class RunConfig:
             compute=compute,
             accumulate=self.accumulate,
             z_loss=self.z_loss,
+            weight_dtype="float32" if self.recipe is None else "bfloat16",
         )
 
 
@@ -179,54 +220,116 @@ _DEFAULTS: dict[str, Any] = {
     "z_loss": 0.0,
     "compute_dtype": "bfloat16",
 }
+# What a recipe has in place of these. Its weights are rounded, so its products need not be.
+_RECIPES: dict[str, dict[str, Any]] = {"mtj-2021": {"z_loss": 1e-4, "compute_dtype": "float32"}}
+_RECIPE_SHARDS = 8  # those of the released run
 # Parameters without embedding and head up to which a peak learning rate is the default. From 125M
 # on they are GPT-3's (Brown et al. 2020, table 2.1), and GPT-J's own at 6B.
 _PEAK_RATES = ((2e7, 2e-3), (2e8, 6e-4), (5e8, 3e-4), (2e9, 2e-4), (4e9, 1.6e-4), (1e10, 1.2e-4))
-_OPTIMIZER_OPTIONS = (
-    "learning_rate",
-    "end_learning_rate",
-    "warmup_steps",
-    "anneal_steps",
-    "weight_decay",
-    "clip_norm",
-)
 
 
 def new_run(
-    config: TrainConfig, stores: tuple[StoreRecord, ...], tokenizer: str, tokenizer_size: int
+    config: TrainConfig,
+    stores: tuple[StoreRecord, ...],
+    tokenizer: str,
+    tokenizer_size: int,
+    *,
+    model: ModelConfig | None = None,
+    origin: Origin | None = None,
 ) -> RunConfig:
     """Returns the record of a run that begins.
+
+    Args:
+        model: the shape of the weights to begin with, or of the configuration file.
+        origin: where those weights come from.
 
     Raises:
         UsageError: an option does not fit the others.
     """
-    given = _given(config, _DEFAULTS)
-    preset = given["preset"]
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1, 0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"--preset {preset}: {hint}choose one of {', '.join(PRESETS)}")
-    vocab_size = config.vocab_size or vocab_rows(tokenizer_size)
+    if config.recipe_shards is not None and config.recipe is None:
+        raise UsageError("--recipe-shards is for a --recipe: give --recipe mtj-2021 with it")
+    given = _given(config, _DEFAULTS | _RECIPES.get(config.recipe or "", {}))
+    model = _model(config, given, model, tokenizer_size)
+    given["preset"] = name_of(model)
+    seq_len = config.seq_len or model.context_length
+    if seq_len > model.context_length:
+        raise UsageError(
+            f"--seq-len {seq_len} is longer than the context of {given['preset']}: "
+            f"give {model.context_length} or less"
+        )
+    return RunConfig(
+        model=model,
+        optimizer=_new_optimizer(config, model, given["steps"], origin),
+        data=stores,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        origin=origin,
+        recipe=config.recipe,
+        **given,
+    )
+
+
+def _model(
+    config: TrainConfig, given: dict[str, Any], model: ModelConfig | None, tokenizer_size: int
+) -> ModelConfig:
+    if model is None:
+        preset = find_preset(given["preset"])
+        model = dataclasses.replace(preset, vocab_size=vocab_rows(tokenizer_size))
+        vocab_size = config.vocab_size or model.vocab_size
+    else:
+        _check_shape(config, model)
+        vocab_size = model.vocab_size
     if vocab_size < tokenizer_size:
         raise UsageError(
             f"--vocab-size {vocab_size} is less than the {tokenizer_size} tokens of the data's "
             f"tokenizer: give {vocab_rows(tokenizer_size)}"
         )
-    model = dataclasses.replace(PRESETS[preset], vocab_size=vocab_size)
-    seq_len = config.seq_len or model.context_length
-    if seq_len > model.context_length:
+    # The original has this bias, and its summed biases are what the recipe is about.
+    bias = model.embedding_bias or config.recipe is not None
+    return dataclasses.replace(model, vocab_size=vocab_size, embedding_bias=bias)
+
+
+def find_preset(name: str) -> ModelConfig:
+    """Returns the preset of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"--preset {name}: {hint}choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def name_of(model: ModelConfig) -> str:
+    """Returns the preset's name for a shape, whatever its vocabulary, or `custom`."""
+    for name, preset in PRESETS.items():
+        if preset == dataclasses.replace(
+            model, vocab_size=preset.vocab_size, embedding_bias=preset.embedding_bias
+        ):
+            return name
+    return "custom"
+
+
+def _check_shape(config: TrainConfig, model: ModelConfig) -> None:
+    """Raises UsageError where an option asks for another shape than that of the weights."""
+    if config.preset is not None:
+        find_preset(config.preset)
+        if name_of(model) != config.preset:
+            raise UsageError(
+                f"--preset {config.preset}: the weights have {model.num_layers} layers of "
+                f"{model.d_model} and are {name_of(model)}: leave it out"
+            )
+    if config.vocab_size not in (None, model.vocab_size):
         raise UsageError(
-            f"--seq-len {seq_len} is longer than the context of {preset}: "
-            f"give {model.context_length} or less"
+            f"--vocab-size {config.vocab_size}: the weights have {model.vocab_size} rows: "
+            "leave it out"
         )
-    return RunConfig(
-        model=model,
-        optimizer=_new_optimizer(config, model, given["steps"]),
-        data=stores,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        **given,
-    )
+
+
+# What a run that goes on compares with its record.
+RUN_OPTIONS = (*_DEFAULTS, "recipe")
 
 
 def _given(config: TrainConfig, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +337,9 @@ def _given(config: TrainConfig, defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: defaults[name] if value is None else value for name, value in values.items()}
 
 
-def _new_optimizer(config: TrainConfig, model: ModelConfig, steps: int) -> OptimizerConfig:
+def _new_optimizer(
+    config: TrainConfig, model: ModelConfig, steps: int, origin: Origin | None
+) -> OptimizerConfig:
     inner = count_params(model) - 2 * model.vocab_size * model.d_model
     peak = config.learning_rate
     if peak is None:
@@ -248,70 +353,10 @@ def _new_optimizer(config: TrainConfig, model: ModelConfig, steps: int) -> Optim
         "weight_decay": 0.1,
         "clip_norm": 1.0,
     }
-    return OptimizerConfig(**_given(config, derived))
-
-
-def continued_run(
-    config: TrainConfig, record: RunConfig, stores: tuple[StoreRecord, ...]
-) -> RunConfig:
-    """Returns the record of a run that goes on: its own, with the steps now asked for.
-
-    The stores may lie elsewhere than before, if they are the same.
-
-    Raises:
-        UsageError: an option is given that would change the run's past; both values are named.
-    """
-    then = to_dict(record)
-    past = {**{name: then[name] for name in (*_DEFAULTS, "seq_len")}, **then["optimizer"]}
-    past["vocab_size"] = record.model.vocab_size
-    for name in (*_DEFAULTS, "seq_len", "vocab_size", *_OPTIMIZER_OPTIONS):
-        now = getattr(config, name)
-        if name != "steps" and now is not None and now != past[name]:
-            _refuse(config.run, _flag(name), past[name], now)
-    _check_same_stores(config.run, record.data, stores)
-    return dataclasses.replace(record, data=stores, steps=config.steps or record.steps)
-
-
-def first_difference(record: RunConfig, other: RunConfig) -> str | None:
-    """Returns the path and both values of the first setting that makes two pasts differ, or None.
-
-    Steps to do and the places of the stores make none.
-    """
-    return _first_difference(_past(record), _past(other), "")
-
-
-def _past(record: RunConfig) -> dict[str, Any]:
-    past = to_dict(record)
-    del past["steps"]
-    return {**past, "data": [(s.weight, s.fingerprint) for s in record.data]}
-
-
-def _first_difference(one: dict[str, Any], other: dict[str, Any], prefix: str) -> str | None:
-    for name, value in one.items():
-        if isinstance(value, dict):
-            inner = _first_difference(value, other[name], f"{prefix}{name}.")
-            if inner is not None:
-                return inner
-        elif value != other[name]:
-            return f"{prefix}{name} is {value} and {other[name]}"
-    return None
-
-
-def _check_same_stores(
-    run: Path, then: tuple[StoreRecord, ...], now: tuple[StoreRecord, ...]
-) -> None:
-    def shown(stores: tuple[StoreRecord, ...]) -> str:
-        return " ".join(f"{s.path}={s.weight:g} ({s.fingerprint[:12]})" for s in stores)
-
-    if [(s.weight, s.fingerprint) for s in then] != [(s.weight, s.fingerprint) for s in now]:
-        _refuse(run, "data", shown(then), shown(now))
-
-
-def _refuse(run: Path, flag: str, then: Any, now: Any) -> None:
-    raise UsageError(
-        f"--{flag} was {then} in the run {run} and is {now} now: leave it as it was, "
-        "or choose another --run"
-    )
+    shares = 1
+    if config.recipe is not None:
+        shares = config.recipe_shards or (origin and origin.shards) or _RECIPE_SHARDS
+    return OptimizerConfig(**_given(config, derived), bias_shares=shares)
 
 
 def check_batch(record: RunConfig, mesh: MeshConfig) -> None:
@@ -335,5 +380,6 @@ def read_run_config(content: Any, where: str) -> RunConfig:
     return from_dict(RunConfig, run, f"{where} (run)")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Returns an option's name as it is typed, without the dashes."""
     return name.replace("_", "-")

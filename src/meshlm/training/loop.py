@@ -30,10 +30,10 @@ from meshlm.step import (
     TrainState,
     abstract_state,
     compile_train_step,
-    init_state,
 )
 from meshlm.training.batches import local_rows, to_device
-from meshlm.training.config import RunConfig, TrainConfig, first_difference
+from meshlm.training.config import RunConfig, TrainConfig
+from meshlm.training.continuing import first_difference
 from meshlm.training.lock import RunLock
 from meshlm.training.metrics import (
     MetricsLog,
@@ -42,6 +42,7 @@ from meshlm.training.metrics import (
     mfu,
     update_noise_scale,
 )
+from meshlm.training.origin import first_state
 from meshlm.training.progress import TrainingProgress
 from meshlm.training.report import write_report
 from meshlm.training.run_folder import (
@@ -186,8 +187,10 @@ class _Run:
         named = to_named(self.abstract)
         restored = restore_latest(self.checkpoints, named)
         if restored is None:
-            seed = self.record.seed
-            return jax.jit(lambda: init_state(self.step_config, seed))(), 0
+            state = first_state(
+                self.record, self.config, self.step_config, self.abstract, self.console.print
+            )
+            return state, self.record.first_step
         self.noise = saved_noise(restored.files, str(restored.path))
         self._refuse_other_past(restored)
         later = [step for step in steps_in(self.checkpoints) if step > restored.step]
@@ -254,7 +257,7 @@ class _Run:
         if self.passed_over:
             self.progress.say(self.passed_over)
             add_incident(self.config.run, start, "damaged", self.passed_over)
-        if 0 < start < record.steps:
+        if record.first_step < start < record.steps:
             self.progress.say(f"resumed from {step_path(self.checkpoints, start)}")
             add_incident(self.config.run, start, "resumed", f"resumed from step {start}")
         if start >= record.steps:

@@ -9,17 +9,14 @@ from meshlm.core.errors import UsageError
 from meshlm.core.sharding import make_mesh
 from meshlm.data.loader import parse_mixture
 from meshlm.data.store import TokenStore
-from meshlm.training.config import (
-    RunConfig,
-    StoreRecord,
-    TrainConfig,
-    check_batch,
-    continued_run,
-    new_run,
-)
+from meshlm.data.tokenizer import Tokenizer
+from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, check_batch, new_run
+from meshlm.training.continuing import continued_run
 from meshlm.training.lock import LOCK_NAME
 from meshlm.training.memory import check_memory
+from meshlm.training.origin import check_tokenizer, describe_origin, open_origin
 from meshlm.training.run_folder import CONFIG_FILE, read_config
+from meshlm.training.settings import read_settings
 
 # What a run that was killed at its very beginning leaves.
 _BEFORE_CONFIG = (LOCK_NAME, f"{CONFIG_FILE}.partial")
@@ -71,11 +68,30 @@ def resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.shard
         for (path, weight), store in zip(mixture, stores, strict=True)
     )
     if before is None:
-        tokenizer = stores[0].tokenizer
-        record = new_run(config, records, tokenizer.fingerprint, tokenizer.vocab_size)
+        record = _new_run(config, records, stores[0].tokenizer)
     else:
         record = continued_run(config, before, records)
     check_batch(record, config.mesh)
     mesh = make_mesh(config.mesh)
     check_memory(record, config.mesh)
     return record, stores, mesh
+
+
+def _new_run(
+    config: TrainConfig, stores: tuple[StoreRecord, ...], tokenizer: Tokenizer
+) -> RunConfig:
+    """Returns the record of a run that begins, from scratch or from a checkpoint."""
+    source = open_origin(config)
+    model = None if config.config is None else read_settings(config.config)[0]
+    origin = None
+    if source is not None:
+        check_tokenizer(str(source.path), source.tokenizer, tokenizer)
+        model, origin = source.model, describe_origin(config, source)
+    return new_run(
+        config,
+        stores,
+        tokenizer.fingerprint,
+        tokenizer.text_vocab_size,
+        model=model,
+        origin=origin,
+    )

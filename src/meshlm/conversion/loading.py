@@ -1,0 +1,86 @@
+"""Weights from any source onto a mesh, a tensor at a time."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from meshlm.conversion.tensors import Group, Part, Source, TensorInfo, cast, stacked_name
+from meshlm.core.sharding import sharding_of
+from meshlm.core.tree import from_named, map_named, to_named
+from meshlm.model.params import Block, Params, Weight, describe
+
+
+def matrix_dtype(infos: Mapping[str, TensorInfo]) -> str:
+    """Returns the type in which most of the weights are stored."""
+    sizes: dict[str, int] = {}
+    for info in infos.values():
+        size = int(np.prod(info.shape, dtype=np.int64))
+        sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + size
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def load_params(source: Source, mesh: Mesh, dtype: str | None) -> Params:
+    """Returns the weights with one block a layer, each in its shards on the mesh.
+
+    The host holds one tensor beside what is on the devices.
+
+    Args:
+        dtype: of every weight; None keeps each as it is stored, and float16 as float32.
+    """
+    weights = describe(source.model)
+    named: dict[str, jax.Array] = {}
+    for part in source.parts():
+        for name, info in part.tensors.items():
+            wanted = dtype or ("float32" if info.dtype == np.float16 else info.dtype.name)
+            value = cast(part.read(name), jnp.dtype(wanted), name)
+            named[name] = _place(value, _sharding(mesh, weights, name))
+            del value
+    outer = map_named(lambda name, _: named[name], dataclasses.replace(weights, blocks=()))
+    blocks = tuple(_block(weights, named, layer) for layer in range(source.model.num_layers))
+    return dataclasses.replace(outer, blocks=blocks)
+
+
+def _block(weights: Params, named: Mapping[str, jax.Array], layer: int) -> Block:
+    return map_named(lambda field, _: named[f"blocks.{layer}.{field}"], weights.blocks)
+
+
+def _sharding(mesh: Mesh, weights: Params, name: str) -> NamedSharding:
+    stacked, layer = stacked_name(name)
+    weight: Weight = to_named(weights)[stacked]
+    return sharding_of(mesh, *(weight.dims if layer is None else weight.dims[1:]))
+
+
+def _place(value: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Returns the array on its devices; every process brings the shards that it holds."""
+    if len(where.device_set) == 1:
+        # The device's own memory, not a view of a file that may be gone tomorrow.
+        return jax.device_put(value, where, may_alias=False).block_until_ready()
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def load_stacked(
+    source: Source, group: Group, abstract: Params, on_part: Callable[[Part], None] | None = None
+) -> Params:
+    """Returns weights or moments as training has them: layers stacked, float32, sharded.
+
+    The host holds all of them for a moment.
+
+    Args:
+        abstract: their shapes and shardings.
+        on_part: called with each part that was read.
+    """
+    named = to_named(abstract)
+    whole: dict[str, Any] = {n: np.empty(leaf.shape, np.float32) for n, leaf in named.items()}
+    for part in source.parts(group):
+        for name in part.tensors:
+            stacked, layer = stacked_name(name)
+            whole[stacked][... if layer is None else layer] = part.read(name)
+        if on_part:
+            on_part(part)
+    placed = {name: _place(whole.pop(name), named[name].sharding) for name in list(whole)}
+    return from_named(abstract, placed)

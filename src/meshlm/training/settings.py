@@ -1,0 +1,81 @@
+"""A file of options for `meshlm train`, as `meshlm convert-config` writes it.
+
+A JSON object: `model` is a shape in full, every other key an option of `TrainConfig`.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meshlm.core.config import from_dict
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.model.config import ModelConfig
+from meshlm.training.config import TrainConfig, flag
+
+_OPTION = "--config"
+_NOT_IN_A_FILE = ("config", "run")
+
+
+def read_settings(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
+    """Returns (the shape, if the file has one; the options by their field's name).
+
+    Raises:
+        UsageError: there is no such file.
+        BadInputError: it is no JSON object, or has a key that is no option.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"--config {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInputError(f"--config {path} is not a JSON object of options")
+    model = content.pop("model", None)
+    known = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in _NOT_IN_A_FILE]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "see meshlm train --help"
+            raise BadInputError(f"--config {path} has an unknown option {key!r}; {hint}")
+    if model is None:
+        return None, content
+    return from_dict(ModelConfig, model, f"--config {path}: model"), content
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """Returns a command line with the options of its --config file, where it has none of its own.
+
+    Raises:
+        UsageError, BadInputError: as `read_settings`.
+    """
+    path = _config_path(words)
+    if path is None:
+        return list(words)
+    _, options = read_settings(path)
+    given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    found: list[str] = []
+    for name, value in options.items():
+        for option, texts in _as_words(f"--{flag(name)}", value):
+            if option not in given:
+                found += [f"{option}={text}" for text in texts]
+    return [*found, *words]
+
+
+def _config_path(words: Sequence[str]) -> Path | None:
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == _OPTION and (equals or index + 1 < len(words)):
+            return Path(value if equals else words[index + 1])
+    return None
+
+
+def _as_words(option: str, value: Any) -> list[tuple[str, list[str]]]:
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [pair for key, v in value.items() for pair in _as_words(f"{option}.{flag(key)}", v)]
+    return [(option, [str(v) for v in (value if isinstance(value, list) else [value])])]
