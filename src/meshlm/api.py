@@ -7,30 +7,26 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int
 
-from meshlm import checkpoint
-from meshlm.core.errors import BadInputError, UsageError
+from meshlm.conversion.loading import load_params, matrix_dtype
+from meshlm.conversion.opening import open_source
+from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig, make_mesh
-from meshlm.core.tree import cast_floating, from_named, to_named
-from meshlm.data import tokenizer as tokenizers
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.generation import DecodeModel, Generation, Generator, SamplingConfig, Scorer
+from meshlm.generation.generate import start_of_text
+from meshlm.generation.profiles import Dtype, Numerics, Profile, numerics
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Params, abstract_params, check_divides
+from meshlm.model.params import Params, check_divides
 from meshlm.model.transformer import Compute
-from meshlm.training.run_folder import CHECKPOINTS_FOLDER, parse_config
 
-Dtype = Literal["float32", "bfloat16"]
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
-
-_PARAMS = "params."
 
 
 class Generations(list[Generation]):
@@ -83,15 +79,19 @@ class Model:
         self,
         params: Params,
         config: ModelConfig,
-        tokenizer: Tokenizer,
-        compute: Compute,
+        tokenizer: Tokenizer | None,
+        numerics: Numerics,
         mesh: Mesh,
+        *,
+        sample_extra_tokens: bool = False,
     ) -> None:
+        """Makes a model of weights with one block a layer; see `load` for the rest."""
         self.params = params
         self.config = config
         self.tokenizer = tokenizer
-        self.compute = compute
+        self.numerics = numerics
         self.mesh = mesh
+        self.sample_extra_tokens = sample_extra_tokens
 
     def logits(self, tokens: Int[np.ndarray, "B T"] | Sequence) -> Float32[np.ndarray, "B T V"]:
         """Returns the float32 logits of every position, all rows of the vocabulary.
@@ -162,10 +162,10 @@ class Model:
         """Returns the log-probability of each token of each text; one Score a text.
 
         Raises:
-            UsageError: a text is longer than the context.
+            UsageError: a text is longer than the context, or the model has no tokenizer.
         """
         ids = [self._encode(text) for text in _as_list(texts)]
-        start = [self.tokenizer.end_of_text_id]
+        start = start_of_text(self._end_of_text_id)
         scores = self._scorer.token_logprobs([start + tokens for tokens in ids])
         return [
             Score(tokens=tokens, logprobs=score.log_probs.tolist())
@@ -190,32 +190,53 @@ class Model:
         likelihood = self._scorer.loglikelihood([(before, after)])[0]
         return likelihood.log_prob, likelihood.is_greedy
 
+    @property
+    def compute(self) -> Compute:
+        """How the passes are computed."""
+        return self.numerics.compute
+
     @functools.cached_property
     def _decode_model(self) -> DecodeModel:
+        allowed = sampled = self.config.vocab_size
+        if self.tokenizer is not None:
+            allowed = min(allowed, self.tokenizer.vocab_size)
+            sampled = allowed if self.sample_extra_tokens else self.tokenizer.text_vocab_size
         return DecodeModel.prepare(
             self.params,
             self.config,
-            self.compute,
-            allowed_vocab=self.tokenizer.vocab_size,
+            self.numerics.compute,
+            allowed_vocab=allowed,
+            sampled_vocab=min(sampled, allowed),
+            filters_first=self.numerics.filters_first,
             mesh=self.mesh,
         )
+
+    @property
+    def _end_of_text_id(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.end_of_text_id
 
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(
             self._decode_model,
-            end_of_text_id=self.tokenizer.end_of_text_id,
-            token_bytes=self.tokenizer.token_bytes,
+            end_of_text_id=self._end_of_text_id,
+            token_bytes=_no_text if self.tokenizer is None else self.tokenizer.token_bytes,
         )
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self._decode_model, end_of_text_id=self.tokenizer.end_of_text_id)
+        return Scorer(self._decode_model, end_of_text_id=self._end_of_text_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return [int(token) for token in prompt]
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UsageError("this model has no tokenizer: give token ids, or load it with one")
+        return self.tokenizer.encode(prompt)
+
+
+def _no_text(token: int) -> bytes:
+    return b""
 
 
 def _as_list(prompts: Prompts) -> list[Prompt]:
@@ -230,54 +251,46 @@ def _as_list(prompts: Prompts) -> list[Prompt]:
 def load(
     path: str | Path,
     *,
+    profile: Profile = "fast",
     dtype: Dtype | None = None,
     mesh: Mesh | MeshConfig | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+    sample_extra_tokens: bool = False,
 ) -> Model:
-    """Returns the model in a run (its newest good checkpoint) or in a checkpoint.
+    """Returns the model in a run, a checkpoint, or GPT-J's weights in another format.
 
     Args:
-        path: a run's folder, its folder of checkpoints, or one `step_N`.
+        path: a run's folder (its newest good checkpoint), a checkpoint, a Hugging Face folder, a
+            checkpoint of the original (`step_N`, or the folder with its `meta.json`), or the
+            archive in which that was published.
+        profile: how to compute: `fast`, `hf` or `mtj-2021`; see `generation/profiles.py`.
         dtype: of weights and products. Left out, weights keep their stored type and the products
             follow it; "float32" computes all of it in float32.
         mesh: where to put the weights; one device unless given.
+        config: the original's JSON configuration, or a preset's name, where none lies beside the
+            weights.
+        tokenizer: "gpt2" or a tokenizer.json, where none lies beside the weights.
+        allow_pickle: read a `pytorch_model.bin`, in a process of its own, by torch.
+        sample_extra_tokens: generate ids beyond those of text too, where the tokenizer has them.
 
     Raises:
-        UsageError: there is no run or checkpoint at this path.
-        BadInputError: the checkpoint is damaged, or its files do not fit each other.
+        UsageError: there is nothing to load at this path, or an option does not fit.
+        BadInputError: the files are damaged, or do not fit each other.
     """
-    step_folder, is_checked = _find_checkpoint(Path(path))
-    files = checkpoint.read_files(step_folder)
-    for name in ("config.json", "tokenizer.json"):
-        if name not in files:
-            raise BadInputError(f"checkpoint {step_folder} has no {name}: it is no model's")
-    record = parse_config(files["config.json"], str(step_folder / "config.json"))
+    source = open_source(path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    chosen = numerics(profile, dtype, matrix_dtype(source.infos))
     if not isinstance(mesh, Mesh):
         mesh_config = mesh or MeshConfig()
-        check_divides(record.model, mesh_config)
+        check_divides(source.model, mesh_config)
         mesh = make_mesh(mesh_config)
-    params = _load_params(step_folder, record.model, mesh, check=not is_checked)
-    if dtype is not None:
-        params = cast_floating(params, jnp.dtype(dtype))
-    stored = jnp.dtype(params.head.dtype).name
-    compute = Compute(dtype="bfloat16" if stored == "bfloat16" else "float32")
-    return Model(params, record.model, tokenizers.from_json(files["tokenizer.json"]), compute, mesh)
-
-
-def _find_checkpoint(path: Path) -> tuple[Path, bool]:
-    """Returns the checkpoint's folder, and whether all its bytes were checked to find it."""
-    if not path.exists():
-        raise UsageError(f"{path}: there is nothing at this path")
-    if checkpoint.step_of(path) is not None or (path / "arrays").exists():
-        return path, False
-    folder = path / CHECKPOINTS_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
-    found = checkpoint.latest_good(folder) if folder.is_dir() else None
-    if found is None:
-        raise UsageError(f"{path} holds no finished checkpoint: give a run or a step_N folder")
-    return found, True
-
-
-def _load_params(step_folder: Path, config: ModelConfig, mesh: Mesh, *, check: bool) -> Params:
-    abstract = abstract_params(config, mesh)
-    named = {_PARAMS + name: leaf for name, leaf in to_named(abstract).items()}
-    arrays = checkpoint.restore(step_folder, named, subset=True, check=check)
-    return from_named(abstract, {name.removeprefix(_PARAMS): a for name, a in arrays.items()})
+    params = load_params(source, mesh, chosen.weights)
+    return Model(
+        params,
+        source.model,
+        source.tokenizer,
+        chosen,
+        mesh,
+        sample_extra_tokens=sample_extra_tokens,
+    )

@@ -28,17 +28,20 @@ LEVELS = {
     "planning": 4,
     "serving": 4,
     "api": 5,
+    "comparison": 5,
     "demo": 5,
     "doctor": 5,
     "cli": 6,
     "__init__": 6,
     "__main__": 6,
 }
-# Neighbours that know each other: a step is what an optimizer does to a state, the demo is written
-# on what every user has, and a conversion reads and writes checkpoints and tokenizers.
+# Neighbours that know each other: a step is what an optimizer does to a state, the demo and the
+# comparison are written on what every user has, a conversion reads and writes checkpoints and
+# tokenizers.
 NEIGHBOURS = {
     ("step", "optim"),
     ("demo", "api"),
+    ("comparison", "api"),
     ("conversion", "data"),
     ("conversion", "checkpoint"),
 }

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
@@ -13,10 +13,12 @@ from meshlm.api import load
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation import Generation, SamplingConfig
+from meshlm.generation.profiles import Dtype, Profile
 
 EXAMPLES = (
     'meshlm generate runs/first --prompt "def is_even(i):"',
     "meshlm generate runs/first --prompt-file - --max-tokens 200 --top-p 0.9 < question.txt",
+    'meshlm generate step_383500.tar.zst --config gpt-j-6b --profile mtj-2021 --prompt "Q:"',
     'meshlm generate runs/first/checkpoints/step_2000 --prompt "Once" -n 4 --seed 7 --json',
 )
 
@@ -26,7 +28,7 @@ class Config:
     """Let a model continue a prompt."""
 
     path: Positional[Path]
-    """A run or a checkpoint."""
+    """A run, a checkpoint, or GPT-J's weights in any format that `meshlm convert` reads."""
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
@@ -51,8 +53,18 @@ class Config:
     """Samples to make."""
     logprobs: int | None = None
     """Also show the log-probabilities of this many of the most probable tokens at each place."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     """Weights and products; left out, as the checkpoint stores them."""
+    profile: Profile = "fast"
+    """How to compute: fast, as transformers does (hf), or as the original did (mtj-2021)."""
+    config: str | None = None
+    """The original's JSON config or a preset, where none lies beside its weights."""
+    tokenizer: str | None = None
+    """gpt2 or a tokenizer.json, where none lies beside the weights."""
+    allow_pickle: bool = False
+    """Read a pytorch_model.bin, as weights alone, by torch in a process of its own."""
+    extra_tokens: bool = False
+    """Also sample the extra tokens that GPT-J's vocabulary has beyond those of text."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     json: bool = False
     """Print one JSON object instead of the text."""
@@ -63,7 +75,16 @@ def run(config: Config) -> None:
     prompt = _prompt(config)
     shared = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(Config)}
     sampling = SamplingConfig(**{name: getattr(config, name) for name in shared})
-    model = load(config.path, dtype=config.dtype, mesh=config.mesh)
+    model = load(
+        config.path,
+        profile=config.profile,
+        dtype=config.dtype,
+        mesh=config.mesh,
+        config=config.config,
+        tokenizer=config.tokenizer,
+        allow_pickle=config.allow_pickle,
+        sample_extra_tokens=config.extra_tokens,
+    )
     streams = config.n == 1 and not config.json and config.logprobs is None
     if streams:
         _write(prompt)

@@ -29,7 +29,8 @@ def command_help(config: type[Any], prog: str, examples: Sequence[str]) -> str:
 
 def _usage(option: Option) -> str:
     if option.is_positional:
-        return option.name + ("..." if option.takes_many else "")
+        name = option.name + ("..." if option.takes_many else "")
+        return name if option.required else f"[{name}]"
     return f"{option.name} {option.value}"
 
 

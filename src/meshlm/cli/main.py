@@ -38,6 +38,9 @@ COMMANDS = (
     Command("data inspect", "inspect", "show what a token store holds"),
     Command("train", "train", "train a model, or go on where a run stopped"),
     Command("generate", "generate", "let a model continue a prompt"),
+    Command("convert", "convert", "turn weights into another format, with a certificate"),
+    Command("convert-config", "convert_config", "turn the original's configuration into ours"),
+    Command("compare", "compare", "say how far two checkpoints or profiles are apart"),
     Command("verify", "verify", "check a run, a checkpoint or a token store for damage"),
     Command("doctor", "doctor", "tell what this machine and this installation can do"),
 )
@@ -81,6 +84,8 @@ def _run(words: list[str]) -> int:
     if any(word in _HELP for word in rest):
         print(command_help(module.Config, prog, module.EXAMPLES))
         return 0
+    if hasattr(module, "expand"):
+        rest = module.expand(rest)
     return module.run(parse(module.Config, rest, prog)) or 0
 
 

@@ -61,7 +61,7 @@ class Scorer:
         """
         shape, shards = self._model.shape, self._model.batch_shards
         for index, tokens in enumerate(sequences):
-            self._check(index, tokens)
+            self._check(index, tokens, shape.allowed_vocab)
         nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, bool))
         scores = [nothing] * len(sequences)
         lengths = [len(tokens) for tokens in sequences]
@@ -99,12 +99,15 @@ class Scorer:
     def logits(self, tokens_BT: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
         """Returns the float32 logits of whole sequences, each token's prediction of the next.
 
+        Ids of padded rows may be looked at too.
+
         Raises:
-            UsageError: the sequences are longer than the context, or have an id that is no token.
+            UsageError: the sequences are longer than the context, or have an id without a row.
         """
         num_rows, length = tokens_BT.shape
+        rows_of_head = self._model.shape.config.vocab_size
         for index, tokens in enumerate(tokens_BT.tolist()):
-            self._check(index, tokens)
+            self._check(index, tokens, rows_of_head)
         shape, shards = self._model.shape, self._model.batch_shards
         logits = np.zeros((num_rows, length, shape.config.vocab_size), np.float32)
         with self._model.entered():
@@ -116,14 +119,14 @@ class Scorer:
                 logits[part] = found[: len(part), :length]
         return logits
 
-    def _check(self, index: int, tokens: Sequence[int]) -> None:
+    def _check(self, index: int, tokens: Sequence[int], num_ids: int) -> None:
         shape = self._model.shape
         if len(tokens) > shape.config.context_length:
             raise UsageError(
                 f"sequence {index} has {len(tokens)} tokens and the context holds "
                 f"{shape.config.context_length}: cut it to that length"
             )
-        check_tokens(f"sequence {index}", tokens, shape.allowed_vocab)
+        check_tokens(f"sequence {index}", tokens, num_ids)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -1,0 +1,136 @@
+"""How far two checkpoints, or two ways to compute one, are apart.
+
+Dim letters: B batch, T time, V vocabulary rows.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from meshlm.api import Model, load
+from meshlm.core.errors import UsageError
+from meshlm.generation.profiles import Dtype, Profile
+
+# Prose, code, figures and other scripts: what a model meets.
+SAMPLE_TEXT = '''\
+Mesh networks pass a message along from neighbour to neighbour, until it reaches the one who asked.
+In 1850 a letter took twelve days across the ocean; by 1866 a cable did it in minutes.
+
+def is_even(number: int) -> bool:
+    """True for 0, 2, 4 and so on."""
+    return number % 2 == 0
+
+Q: What is the capital of France?
+A: Paris. (Пари́ж, パリ, باريس)
+The sum of 17.25 and 3.5 is 20.75; a third of that is 6.91666...
+'''
+# Token ids for a model without a tokenizer: a rule that anyone can repeat.
+_MULTIPLIER, _INCREMENT, _MODULUS = 1_103_515_245, 12_345, 2**31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two models."""
+
+    path: Path
+    profile: Profile = "fast"
+    dtype: Dtype | None = None
+    config: str | None = None
+
+    def load(self) -> Model:
+        """Returns the model."""
+        return load(self.path, profile=self.profile, dtype=self.dtype, config=self.config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far the logits of two models are apart, on the same tokens."""
+
+    tokens: int
+    max_difference: float
+    """Of a logit."""
+    mean_difference: float
+    largest_logit: float
+    """The largest |logit| of the first model: what the differences are small against."""
+    kl: float
+    """Mean of KL(first || second) over the positions, in nats."""
+    top1_agreement: float
+    """Share of the positions at which both find the same token most probable."""
+
+    @property
+    def relative_difference(self) -> float:
+        """The largest difference over the largest |logit|."""
+        return self.max_difference / self.largest_logit
+
+
+def compare(one: Side, other: Side, text: str | None = None, length: int = 256) -> Distance:
+    """Returns the distance of two models, which are loaded one after the other.
+
+    Args:
+        text: what they read; a text that comes with this module unless given. A model without a
+            tokenizer reads ids that follow a fixed rule.
+        length: the most tokens that they read, from the start.
+
+    Raises:
+        UsageError: the models have no vocabulary in common, or the text is too short.
+        BadInputError: a checkpoint cannot be read.
+    """
+    first = one.load()
+    tokens = _tokens(first, text, length)
+    logits = first.logits(tokens)[0]
+    rows = first.config.vocab_size
+    del first
+    second = other.load()
+    if second.config.vocab_size != rows:
+        raise UsageError(
+            f"{one.path} has {rows} rows of vocabulary and {other.path} "
+            f"{second.config.vocab_size}: their logits cannot be compared"
+        )
+    if tokens.shape[1] > second.config.context_length:
+        raise UsageError(
+            f"{tokens.shape[1]} tokens do not fit the context of {other.path}: give "
+            f"--length {second.config.context_length}"
+        )
+    return measure(logits, second.logits(tokens)[0])
+
+
+def measure(one_TV: Float32[np.ndarray, "T V"], other_TV: Float32[np.ndarray, "T V"]) -> Distance:
+    """Returns the distance of two models' logits at the same positions; sums are float64."""
+    difference = np.abs(one_TV.astype(np.float64) - other_TV)
+    log_p, log_q = _log_softmax(one_TV), _log_softmax(other_TV)
+    return Distance(
+        tokens=len(one_TV),
+        max_difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+        largest_logit=float(np.abs(one_TV).max()),
+        kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
+        top1_agreement=float(np.mean(one_TV.argmax(-1) == other_TV.argmax(-1))),
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _tokens(model: Model, text: str | None, length: int) -> np.ndarray:
+    length = min(length, model.config.context_length)
+    if model.tokenizer is None:
+        if text is not None:
+            raise UsageError("the model has no tokenizer to read a text with: leave it out")
+        return fixed_tokens(model.config.vocab_size, length)
+    ids = model.tokenizer.encode(SAMPLE_TEXT if text is None else text)[:length]
+    if not ids:
+        raise UsageError("the text to compare on is empty: give at least one token")
+    return np.array([ids], np.int32)
+
+
+def fixed_tokens(vocab_size: int, length: int) -> np.ndarray:
+    """Returns ids [1, length] that follow a fixed rule, spread over the vocabulary."""
+    state, ids = 1, []
+    for _ in range(length):
+        state = (state * _MULTIPLIER + _INCREMENT) % _MODULUS
+        ids.append((state >> 8) % vocab_size)
+    return np.array([ids], np.int32)
