@@ -1,0 +1,435 @@
+"""Hugging Face folders: transformers' own are read, and ours are read by transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshlm.conversion.hf import open_hf
+from meshlm.conversion.hf_config import make_config
+from meshlm.conversion.hf_target import HfTarget
+from meshlm.conversion.pickled import write_safetensors
+from meshlm.conversion.safetensors import from_bytes, to_bytes
+from meshlm.conversion.tensors import CastPart, Source, part_keys, stacked_name
+from meshlm.core.errors import BadInputError
+from meshlm.core.tree import from_named
+from meshlm.data.tokenizer import load_gpt2, train_bpe
+from meshlm.model.config import PRESETS
+from meshlm.model.params import Params, describe
+from meshlm.model.transformer import forward
+from tiny import F32, draw_tokens, relative_max
+
+pytestmark = pytest.mark.parity
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BASE = {"n_layer": 3, "n_embd": 24, "n_head": 3, "rotary_dim": 6} | {
+    "vocab_size": 61,
+    "n_positions": 16,
+}
+
+
+def make_model(seed: int = 0, dtype: str = "float32", **changes) -> transformers.GPTJForCausalLM:
+    config = transformers.GPTJConfig(**BASE | {"bos_token_id": 0, "eos_token_id": 0} | changes)
+    model = transformers.GPTJForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.to(TORCH_DTYPES[dtype]).eval()
+
+
+def to_params(source: Source) -> Params:
+    """The native tree in float32."""
+    layers: dict[str, list[np.ndarray]] = {}
+    for part in source.parts():
+        for name, info in part.tensors.items():
+            array = part.read(name)
+            assert (array.shape, array.dtype) == (info.shape, info.dtype)
+            layers.setdefault(stacked_name(name)[0], []).append(array.astype(np.float32))
+    named = {
+        name: jnp.asarray(np.stack(rows) if name.startswith("blocks.") else rows[0])
+        for name, rows in layers.items()
+    }
+    return from_named(describe(source.model), named)
+
+
+def our_logits(source: Source, tokens) -> np.ndarray:
+    run = jax.jit(lambda params: forward(params, source.model, tokens, F32))
+    return np.asarray(run(to_params(source)))
+
+
+def their_logits(model: transformers.GPTJForCausalLM, tokens) -> np.ndarray:
+    # A new model: .half() rounds the rotary table of the old one too, for good.
+    exact = transformers.GPTJForCausalLM(model.config).float().eval()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return exact(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
+
+
+def write_folder(folder: Path, source: Source, dtype: str | None = None, **changes) -> HfTarget:
+    folder.mkdir()
+    infos = dict(source.infos)
+    if dtype is not None:
+        numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        infos = {n: dataclasses.replace(i, dtype=numpy_dtype) for n, i in infos.items()}
+    target = HfTarget(
+        folder,
+        model=source.model,
+        infos=infos,
+        groups=source.groups,
+        tokenizer=source.tokenizer,
+        step=source.step,
+        sidecar=source.sidecar,
+        **changes,
+    )
+    for part in source.parts(order=target.order):
+        target.write("params", part if dtype is None else CastPart(part, numpy_dtype))
+    target.finish()
+    return target
+
+
+def assert_same_weights(found, wanted) -> None:
+    found, wanted = found.state_dict(), wanted.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@st.composite
+def shapes(draw) -> dict:
+    heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 8)) * 2
+    return {
+        "n_layer": draw(st.integers(1, 3)),
+        "n_embd": heads * head_dim,
+        "n_head": heads,
+        "rotary_dim": 2 * draw(st.integers(1, head_dim // 2)),
+        "n_inner": draw(st.none() | st.integers(3, 50)),
+        "vocab_size": 2 * draw(st.integers(3, 40)) + 1,
+        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-3])),
+    }
+
+
+@settings(max_examples=5)
+@given(shapes(), st.sampled_from(list(TORCH_DTYPES)), st.booleans(), st.integers(0, 99))
+def test_what_transformers_saves_gives_its_logits_and_goes_back(shape, dtype, in_shards, seed):
+    model = make_model(seed, dtype, **shape)
+    with tempfile.TemporaryDirectory() as name:
+        theirs = Path(name) / "theirs"
+        model.save_pretrained(theirs, max_shard_size="4KB" if in_shards else "1GB")
+        assert (theirs / "model.safetensors").exists() != in_shards
+        source = open_hf(theirs)
+        assert source.tokenizer is None
+        tokens = draw_tokens(source.model, 2, 9, seed)
+
+        target = write_folder(Path(name) / "ours", source, max_file_bytes=4000 + 10**6 * in_shards)
+        again = transformers.GPTJForCausalLM.from_pretrained(Path(name) / "ours")
+        assert_same_weights(again, model)
+        assert target.notes == []
+        assert open_hf(Path(name) / "ours").model == source.model
+
+        wanted = their_logits(model, tokens)
+        assert relative_max(our_logits(source, tokens), wanted) <= 2e-5
+        assert np.array_equal(their_logits(again, tokens), wanted)
+
+
+def test_our_safetensors_and_the_library_agree():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a.half": rng.standard_normal((3, 5)).astype(np.float16),
+        "b.full": rng.standard_normal((2, 1, 3)).astype(np.float32),
+        "c.brain": rng.standard_normal(7).astype(ml_dtypes.bfloat16),
+        "d.double": rng.standard_normal(()),
+        "e.none": np.zeros((0, 3), np.int16),
+        "f.ids": rng.integers(0, 255, 3).astype(np.uint8),
+    }
+    metadata = {"format": "pt", "ключ": "значение"}
+
+    theirs = safetensors.torch.load(to_bytes(arrays, metadata))
+    assert theirs.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert tuple(theirs[name].shape) == array.shape
+        assert (
+            theirs[name].contiguous().view(-1).numpy(force=True).dtype == array.dtype
+            if (name != "c.brain")
+            else theirs[name].dtype == torch.bfloat16
+        )
+        assert theirs[name].reshape(-1).view(torch.uint8).numpy().tobytes() == array.tobytes()
+
+    found, remarks = from_bytes(safetensors.numpy.save(arrays, metadata), "x")
+    assert remarks == metadata
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype)
+        assert found[name].tobytes() == array.tobytes()
+
+
+def test_what_the_library_refuses_we_refuse():
+    good = to_bytes({"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float16)}, {})
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(3000):
+        damaged = bytearray(good)
+        for _ in range(rng.integers(1, 3)):
+            damaged[rng.integers(0, len(good) - 20)] = rng.integers(0, 256)
+        try:
+            theirs = safetensors.numpy.load(bytes(damaged))
+        except Exception:  # whatever the library has for it
+            refused += 1
+            with pytest.raises(BadInputError):
+                from_bytes(bytes(damaged), "x")
+        else:
+            assert theirs is not None
+    assert 1000 < refused < 3000
+
+
+def test_mixed_dtypes_are_written_as_they_are_and_loaded_exactly(tmp_path):
+    model = make_model(dtype="bfloat16")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "transformer.h.1.mlp.fc_out.bias"
+    state[name] = state[name].float() + 1e-6  # not a number of bfloat16
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+
+    write_folder(tmp_path / "ours", open_hf(tmp_path))
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    again = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(again[n], tensor.float()) for n, tensor in state.items())
+
+    state[name] = state[name].bfloat16().float()  # one again
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    write_folder(tmp_path / "narrow", open_hf(tmp_path))
+    again = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.state_dict()[name], state[name].bfloat16())
+
+
+def test_one_dtype_for_all(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "theirs")
+    write_folder(tmp_path / "ours", open_hf(tmp_path / "theirs"), dtype="float16")
+    again = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "ours")
+    assert_same_weights(again, model.half())
+
+
+class WithBias(Source):
+    """A source with an embedding bias, as the original's are."""
+
+    def __init__(self, source: Source, bias: np.ndarray) -> None:
+        self._source, self._bias = source, bias
+        self.__dict__ |= {k: v for k, v in vars(source).items() if not k.startswith("_")}
+        self.kind, self.groups, self.step, self.sidecar = "mtj", ("params", "mu", "nu"), 3, None
+        self.model = dataclasses.replace(source.model, embedding_bias=True)
+
+    @property
+    def infos(self):
+        info = dataclasses.replace(
+            self._source.infos["embedding"], shape=self._bias.shape, dtype=self._bias.dtype
+        )
+        return {**self._source.infos, "embedding_bias": info}
+
+    def parts(self, group="params", order=None):
+        for part in self._source.parts(order=order):
+            if part.key == "embedding":
+                part.tensors = {n: self.infos[n] for n in ("embedding", "embedding_bias")}
+                read = part.read
+                part.read = lambda n, read=read: self._bias if n == "embedding_bias" else read(n)
+            yield part
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_embedding_bias_is_folded_in_float32(tmp_path, dtype):
+    make_model(dtype="bfloat16").save_pretrained(tmp_path / "theirs")
+    bare = open_hf(tmp_path / "theirs")
+    bias = np.linspace(-1, 1, BASE["n_embd"]).astype(np.float32)
+    source = WithBias(bare, bias if dtype is None else bias.astype(dtype_of(dtype)))
+    target = write_folder(tmp_path / "ours", source, dtype)
+    again = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "ours")
+    table = next(bare.parts()).read("embedding").astype(np.float32)
+    wanted = torch.from_numpy(table) + torch.from_numpy(np.asarray(source._bias, np.float32))
+    if dtype is None:
+        assert again.dtype == torch.float32
+    else:
+        wanted = wanted.bfloat16()
+    assert torch.equal(again.transformer.wte.weight, wanted)
+    assert not target.model.embedding_bias
+    assert f"stored as {dtype or 'float32'}" in target.notes[0]
+    assert "optimizer's state" in target.notes[1]
+
+
+def dtype_of(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+TEXTS = ["Hello  world\n\n", "ünï 日本 \t x=1;  ", "<|endoftext|>a<|endoftext|>", "don't 1234567"]
+
+
+def test_gpt2s_tokenizer_with_the_published_extra_tokens(tmp_path):
+    shape = {"n_layer": 1, "n_embd": 4, "n_head": 1, "rotary_dim": 2, "vocab_size": 50400}
+    make_model(**shape, bos_token_id=50256, eos_token_id=50256).save_pretrained(tmp_path / "theirs")
+    source = open_hf(tmp_path / "theirs")
+    assert source.tokenizer is load_gpt2()
+    target = write_folder(tmp_path / "ours", source)
+    assert len(target.notes) == 1
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (len(theirs), theirs.vocab_size) == (50400, 50257)
+    assert theirs.eos_token_id == theirs.bos_token_id == 50256
+    assert theirs.model_max_length == 16
+    for text in TEXTS:
+        tokens = source.tokenizer.encode(text, allow_special=True)
+        assert theirs(text)["input_ids"] == tokens
+        assert theirs.decode(tokens) == text
+    extra = theirs.convert_tokens_to_ids(["<|extratoken_1|>", "<|extratoken_143|>"])
+    assert extra == [50257, 50399]
+    assert theirs("a<|extratoken_2|>")["input_ids"] == [64, 50258]
+
+    # Read again: from tokenizer.json, from what transformers saves, and from the two old files.
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert open_hf(tmp_path / "ours").tokenizer.name == "gpt2"
+    assert open_hf(tmp_path / "theirs").tokenizer.name == "gpt2"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(tmp_path / "ours" / name)
+    assert open_hf(tmp_path / "ours").tokenizer.name == "gpt2"
+
+
+def test_a_trained_tokenizer(tmp_path):
+    tokenizer = train_bpe(["one two three one two two " * 9, "def f(x):\n    return x\n" * 9], 300)
+    make_model(vocab_size=384).save_pretrained(tmp_path / "theirs")
+    source = open_hf(tmp_path / "theirs", tokenizer)
+    write_folder(tmp_path / "ours", source)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == tokenizer.end_of_text_id
+    for text in (*TEXTS, "def one(two):\n"):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text, allow_special=True)
+    assert open_hf(tmp_path / "ours").tokenizer.fingerprint == tokenizer.fingerprint
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert config.eos_token_id == tokenizer.end_of_text_id
+
+
+def test_our_config_is_the_published_one(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(make_config(PRESETS["gpt-j-6b"], "float16", 50256))
+    )
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    wanted = transformers.GPTJConfig().to_dict()
+    found = theirs.to_dict()
+    same = wanted.keys() - {"dtype", "architectures", "_name_or_path"}
+    assert {k: found[k] for k in same} == {k: wanted[k] for k in same}
+    assert theirs.dtype == torch.float16
+
+
+def save_pickled(folder: Path, model, parts: int = 1) -> None:
+    model.config.save_pretrained(folder)
+    items = list(model.state_dict().items())
+    if parts == 1:
+        torch.save(dict(items), folder / "pytorch_model.bin")
+        return
+    files = [f"pytorch_model-{i + 1:05}-of-{parts:05}.bin" for i in range(parts)]
+    for i, file in enumerate(files):
+        torch.save(dict(items[i::parts]), folder / file)
+    weight_map = {name: files[i % parts] for i, (name, _) in enumerate(items)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_pickle_is_read_only_where_it_is_allowed(tmp_path, parts, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    folder = tmp_path / "folder"
+    model = make_model(dtype="bfloat16", n_layer=1)
+    save_pickled(folder, model, parts)
+    with pytest.raises(BadInputError, match=r"pytorch_model\.bin.*--allow-pickle"):
+        open_hf(folder)
+    source = open_hf(folder, allow_pickle=True)
+    assert list(scratch.iterdir()) == []
+    tokens = draw_tokens(source.model, 1, 5)
+    ours = our_logits(source, tokens)
+    assert relative_max(ours, their_logits(model, tokens)) <= 2e-5
+
+    # Safetensors go first: what is beside them is not touched.
+    model.save_pretrained(folder)
+    assert np.array_equal(our_logits(open_hf(folder), tokens), ours)
+
+
+class Marker:
+    """A pickle of this makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_hostile_pickle_never_runs(tmp_path):
+    marker, folder = tmp_path / "it ran", tmp_path / "folder"
+    model = make_model(n_layer=1)
+    model.config.save_pretrained(folder)
+    torch.save({**model.state_dict(), "more": Marker(marker)}, folder / "pytorch_model.bin")
+    for allow_pickle in (False, True):
+        with pytest.raises(BadInputError, match=r"pytorch_model\.bin") as caught:
+            open_hf(folder, allow_pickle=allow_pickle)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert marker.exists()  # it would have
+
+
+def test_pickles_that_are_no_weights(tmp_path):
+    path, target = tmp_path / "pytorch_model.bin", tmp_path / "x.safetensors"
+    whole = {
+        "not a dict": [1],
+        "dict of tensors": {"model": {"a": torch.zeros(3)}},
+        "larger than the file": {"a": torch.zeros(1).expand(1 << 40)},
+        "not a weight": {"a": torch.zeros(3, dtype=torch.complex64)},
+        "torch does not take it": None,
+    }
+    for why, value in whole.items():
+        if value is None:
+            path.write_bytes(path.read_bytes()[:100])
+        else:
+            torch.save(value, path)
+        with pytest.raises(BadInputError, match=why):
+            write_safetensors(path, target)
+        assert not target.exists()
+
+
+def test_a_pickle_of_before_torch_1_6(tmp_path):
+    path, target = tmp_path / "pytorch_model.bin", tmp_path / "x.safetensors"
+    tensor = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": tensor.T}, path, _use_new_zipfile_serialization=False)
+    write_safetensors(path, target)
+    assert torch.equal(safetensors.torch.load_file(target)["a"], tensor.T)
+
+
+def test_the_sum_of_parts_is_every_tensor(tmp_path):
+    model = make_model(n_layer=11)
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    source = open_hf(tmp_path)
+    raw = {
+        n: part.read_raw(n)
+        for part in source.parts(order=part_keys(source.model)[::-1])
+        for n in part.raw
+    }
+    state = model.state_dict()
+    assert raw.keys() == state.keys()
+    assert all(np.array_equal(raw[n], state[n].numpy()) for n in state)
