@@ -118,6 +118,18 @@ def test_parts_in_the_order_of_the_file(tmp_path):
         assert written.read_bytes() == path.read_bytes()
 
 
+def test_the_config_beside_an_archive_may_be_in_it_too(tmp_path):
+    original.write_config(tmp_path / "config.json", small())
+    original.write(tmp_path, make_trees(small(), 2, np.float32))
+    path = original.pack(tmp_path / "x.tar.zst", tmp_path, "step_7", "config.json")
+    assert open_mtj(path).model == small()
+    original.write_config(tmp_path / "config.json", small(), seq=99)
+    with pytest.raises(BadInputError, match="several configs"):
+        open_mtj(path)
+    (tmp_path / "config.json").unlink()
+    assert open_mtj(path).model == small()
+
+
 def test_the_newest_of_several_steps(tmp_path):
     model = small()
     for step in (3, 12):
@@ -253,6 +265,16 @@ def test_a_bomb_is_refused_after_a_hundred_times_its_bytes(tmp_path, monkeypatch
     (file,) = itertools.islice(archive.archived_files(path), 1)
     with pytest.raises(BadInputError, match="more than 100 times"):
         file.skip(file.left)
+
+
+def test_arrays_that_grow_within_the_archive_are_refused(tmp_path):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, np.zeros((1 << 13, 1 << 12), np.float32))
+    path = pack_members(tmp_path / "x.tar.zst", [(member(NPZ), buffer.getvalue())])
+    with pytest.raises(
+        BadInputError, match=r"arr_0\.npy and those before it grow to more than 100"
+    ):
+        open_mtj(path, small())
 
 
 def test_a_window_that_would_fill_the_memory_is_refused(tmp_path, tar):

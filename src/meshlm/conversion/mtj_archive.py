@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from meshlm.conversion import mtj_finding, mtj_layout
-from meshlm.conversion.archive import ArchivedFile, archived_files
+from meshlm.conversion.archive import FREE_BYTES, MAX_GROWTH, ArchivedFile, archived_files
 from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES
 from meshlm.conversion.mtj_layout import FILES_PER_SHARD, Slot
 from meshlm.conversion.mtj_store import Reader, Store, check_files, check_split, count_shards
@@ -45,7 +45,7 @@ class Archive:
         self.vectors: dict[tuple[int, int, int], np.ndarray] = {}
         """Counts and vectors, by shard, file and place in it."""
         self._documents: dict[str, bytes] = {}
-        self._held_bytes = 0
+        self._held_bytes = self._array_bytes = 0
         of_roots: dict[str, dict[_Place, list[NpyHeader]]] = {}
         vectors: dict[str, dict[tuple[int, int, int], np.ndarray]] = {}
         for file in archived_files(path):
@@ -57,6 +57,7 @@ class Archive:
             headers = of_roots.setdefault(root, {}).setdefault(place, [])
             for number, array in streamed_arrays(file, f"{path}: {file.name}"):
                 self._hold(_HEADER_BYTES)
+                self._count(array)
                 headers.append(array.header)
                 if len(array.header.shape) < 2:
                     vectors.setdefault(root, {})[*place, number] = self._vector(array)
@@ -67,7 +68,7 @@ class Archive:
     def config_files(self) -> list[mtj_finding.ConfigFile]:
         """Returns the JSON files in the archive."""
         return [
-            (f"{self.path}: {name}", lambda data=data: data)
+            (f"{self.path}/{name}", lambda data=data: data)
             for name, data in self._documents.items()
         ]
 
@@ -103,6 +104,15 @@ class Archive:
         result = np.empty(array.header.shape, array.header.dtype)
         array.read_into(result)
         return result
+
+    def _count(self, array: StreamedArray) -> None:
+        """Refuses, before it is inflated, what would grow a second time within the archive."""
+        self._array_bytes += array.header.data_bytes
+        if self._array_bytes > FREE_BYTES + MAX_GROWTH * self.path.stat().st_size:
+            raise BadInputError(
+                f"{array.where} and those before it grow to more than {MAX_GROWTH} times the "
+                "archive's bytes, which weights do not; refused"
+            )
 
     def _hold(self, num_bytes: int) -> None:
         self._held_bytes += num_bytes
