@@ -1,0 +1,151 @@
+"""The reference forward: against the original's recorded logits, and float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptj_float64
+import tiny
+from meshlm.conversion import reference, streamed
+from meshlm.conversion.opening import open_source
+from meshlm.conversion.reference import ReferenceForward
+from meshlm.conversion.streamed import StreamedForward
+from meshlm.conversion.tensors import Part, TensorInfo, native_names, part_keys, stacked_name
+from meshlm.core.tree import from_named, to_named
+
+FIXTURE = Path(__file__).parents[1] / "fixtures/mtj/dev_s4_distinct"
+TOLERANCE = 2e-6
+
+
+class DictPart(Part):
+    """A part whose tensors are at hand."""
+
+    def __init__(self, key, arrays: Mapping[str, np.ndarray]) -> None:
+        self.key, self._arrays, self.raw = key, arrays, list(arrays)
+        self.tensors = {n: TensorInfo(shape=a.shape, dtype=a.dtype) for n, a in arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    read_raw = read
+
+
+def parts_of(config, params, dtype="float32"):
+    """A model's parts under native names."""
+    named = to_named(params)
+    for key in part_keys(config):
+        arrays = {}
+        for name in native_names(config, key):
+            stacked, layer = stacked_name(name)
+            whole = np.asarray(named[stacked])
+            arrays[name] = (whole if layer is None else whole[layer]).astype(jnp.dtype(dtype))
+        yield DictPart(key, arrays)
+
+
+def hf_part(part: Part) -> DictPart:
+    """The same part as transformers has it; its names written out once more, by hand."""
+    if part.key == "embedding":
+        return DictPart(part.key, {"transformer.wte.weight": part.read("embedding")})
+    if part.key == "head":
+        names = {
+            "transformer.ln_f.weight": "final_norm_scale",
+            "transformer.ln_f.bias": "final_norm_offset",
+            "lm_head.weight": "head",
+            "lm_head.bias": "head_bias",
+        }
+        return DictPart(part.key, {hf: part.read(own) for hf, own in names.items()})
+    width = tiny.CONFIG.d_model
+    module = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    arrays = {
+        f"attn.{hf}.weight": part.read(f"blocks.{part.key}.{own}").reshape(-1, width)
+        for own, hf in module.items()
+    }
+    rest = {
+        "ln_1.weight": "norm_scale",
+        "ln_1.bias": "norm_offset",
+        "mlp.fc_in.weight": "ff_in",
+        "mlp.fc_in.bias": "ff_in_bias",
+        "mlp.fc_out.weight": "ff_out",
+        "mlp.fc_out.bias": "ff_out_bias",
+    }
+    arrays |= {hf: part.read(f"blocks.{part.key}.{own}") for hf, own in rest.items()}
+    out = part.read(f"blocks.{part.key}.attention_out").reshape(width, -1)
+    arrays["attn.out_proj.weight"] = out
+    return DictPart(part.key, {f"transformer.h.{part.key}.{n}": a for n, a in arrays.items()})
+
+
+def run(forward, parts):
+    for part in parts:
+        forward.feed(part)
+    return forward.logits
+
+
+def float64_logits(config, params, tokens):
+    """The oracle has no embedding bias: it is added to the table."""
+    table = np.asarray(params.embedding, np.float64)
+    if params.embedding_bias is not None:
+        table = table + np.asarray(params.embedding_bias, np.float64)
+    params = dataclasses.replace(params, embedding=table, embedding_bias=None)
+    return gptj_float64.forward(params, config, np.asarray(tokens)[None])[0]
+
+
+TOKENS = [3, 0, 47, 11, 11, 29, 1, 30, 8, 15]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_own_weights_agree_with_float64(bias):
+    config = dataclasses.replace(tiny.CONFIG, embedding_bias=bias)
+    params = tiny.draw_params(config)
+    wanted = float64_logits(config, params, TOKENS)
+    for forward in (
+        ReferenceForward(config, "meshlm", TOKENS),
+        StreamedForward(config, TOKENS),
+    ):
+        found = run(forward, parts_of(config, params))
+        assert found.dtype == np.float32
+        assert tiny.relative_max(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_are_computed_in_float32(dtype, monkeypatch):
+    """Also when they are cast a few columns at a time."""
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(streamed, "_BLOCK_BYTES", 1000)
+    config, params = tiny.CONFIG, tiny.draw_params(tiny.CONFIG)
+    rounded = {n: a.astype(dtype).astype(jnp.float32) for n, a in to_named(params).items()}
+    wanted = float64_logits(config, from_named(params, rounded), TOKENS)
+    for forward in (
+        ReferenceForward(config, "meshlm", TOKENS),
+        StreamedForward(config, TOKENS),
+    ):
+        assert tiny.relative_max(run(forward, parts_of(config, params, dtype)), wanted) < TOLERANCE
+
+
+def test_hugging_faces_names_and_layout():
+    config, params = tiny.CONFIG, tiny.draw_params(tiny.CONFIG)
+    parts = (hf_part(part) for part in parts_of(config, params))
+    found = run(ReferenceForward(config, "hf", TOKENS), parts)
+    assert tiny.relative_max(found, float64_logits(config, params, TOKENS)) < TOLERANCE
+
+
+def test_the_originals_logits():
+    """Four shards whose summed biases differ, and whose norms are trained in the first alone."""
+    golden = np.load(FIXTURE / "golden.npz")
+    source = open_source(FIXTURE / "slim")
+    for forward, tolerance in (
+        (ReferenceForward(source.model, "mtj", golden["tokens"]), 2e-5),
+        (StreamedForward(source.model, golden["tokens"]), 2e-5),
+    ):
+        found = run(forward, source.parts())
+        assert tiny.relative_max(found, golden["logits"]) <= tolerance
+
+
+def test_two_bytes_without_a_name_are_bfloat16():
+    values = np.array([1.5, -3.0], jnp.bfloat16)
+    assert reference._floats(values.view("V2")).tolist() == [1.5, -3.0]
