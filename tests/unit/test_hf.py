@@ -232,6 +232,15 @@ def test_a_hostile_index(tmp_path, weight_map, why):
     assert why in refusal(write_shards(tmp_path / "folder", HALVES, weight_map))
 
 
+def test_a_tensor_that_the_index_leaves_out(tmp_path):
+    write_shards(tmp_path, HALVES)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["lm_head.bias"]
+    path.write_text(json.dumps(index))
+    assert "lm_head.bias is not in it by model.safetensors.index.json" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"weight_map": {}}', '{"a": 1, "a": 2}', "{\xff"]
 )
