@@ -200,7 +200,12 @@ def test_new_shards_are_as_the_original_leaves_them(tmp_path):
         assert scale[0].tolist() == wanted.tolist()
         assert (scale[1:] == fill).all()
     assert (arrays["params.final_norm_offset"][1:] == 0).all()
-    assert arrays["step"].tolist() == [7] * 4
+    counts = {name: arrays[name].tolist() for name in ("step", "adam_count", "schedule_count")}
+    assert counts == {"step": [7] * 4, "adam_count": [8] * 4, "schedule_count": [4] * 4}
+    write_back(source, tmp_path / "later", 1, step=9)
+    later = open_mtj(tmp_path / "later").sidecar
+    assert later is not None
+    assert [later.arrays[name].tolist() for name in counts] == [[9], [9], [9]]
 
 
 @given(

@@ -144,6 +144,9 @@ def test_the_newest_of_several_steps(tmp_path):
     path = original.pack(tmp_path / "x.tar.zst", tmp_path, "x")
     with pytest.raises(BadInputError, match="step_13"):
         open_mtj(path, model)
+    path = original.pack(tmp_path / "x.tar.zst", tmp_path, "x/meta.json", "x/step_12")
+    with pytest.raises(BadInputError, match="step_13"):
+        open_mtj(path, model)
 
 
 def test_two_readers_do_not_take_each_others_tensors(tmp_path, monkeypatch):

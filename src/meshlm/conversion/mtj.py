@@ -11,7 +11,7 @@ import numpy as np
 
 from meshlm.conversion import mtj_finding, mtj_layout
 from meshlm.conversion.mtj_archive import Archive, ArchiveStore
-from meshlm.conversion.mtj_layout import ADAM_COUNT, STEP, Layout, Slot
+from meshlm.conversion.mtj_layout import STEP, Layout, Slot
 from meshlm.conversion.mtj_store import FolderStore, Reader, Store, check_headers
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.tensors import (
@@ -78,7 +78,7 @@ def _make_source(
 ) -> Source:
     model = dataclasses.replace(model, embedding_bias=True)
     try:
-        mtj_layout.check_model(model)
+        mtj_layout.check_model(model, "give the fitting --config")
         if model.num_heads % store.shards or model.vocab_size % store.shards:
             raise UsageError(
                 f"{model.num_heads} heads and {model.vocab_size} rows of vocabulary cannot be in "
@@ -116,7 +116,6 @@ class MtjSource(Source):
         self.groups = ("params", *mtj_layout.MOMENTS) if full else ("params",)
         counts = {name: store.counter(number) for name, number in layout.counters.items()}
         self.step = int(counts[STEP][0])
-        self.adam_count = int(counts[ADAM_COUNT][0]) if full else None
         self.sidecar = self._read_sidecar(counts)
         self._infos = {
             name: info

@@ -125,15 +125,15 @@ class Archive:
         """Returns the folder of the shards that count, ending in `/` unless it is the archive."""
         if not roots:
             raise BadInputError(f"{self.path} has no shard_0/0.npz: it is no checkpoint")
-        if len(roots) == 1:
-            return roots[0]
         steps = {mtj_finding.step_of_name(PurePosixPath(root).name): root for root in roots}
         parents = {str(PurePosixPath(root).parent) for root in roots}
+        meta = str(PurePosixPath(min(parents)) / mtj_finding.META_NAME)
+        if len(roots) == 1 and (None in steps or meta not in self._documents):
+            return roots[0]
         if None in steps or len(parents) > 1:
             raise BadInputError(
                 f"{self.path} has several checkpoints ({', '.join(sorted(roots))}): unpack it"
             )
-        meta = str(PurePosixPath(parents.pop()) / mtj_finding.META_NAME)
         present = [step for step in steps if step is not None]
         return steps[
             mtj_finding.choose_step(present, self._documents.get(meta), f"{self.path}: {meta}")

@@ -218,7 +218,7 @@ def check_shards(model: ModelConfig, shards: int) -> None:
             )
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig, remedy: str) -> None:
     """Raises UsageError where the original's code could not have this shape."""
     fixed = {
         "d_ff": (model.d_ff, 4 * model.d_model),
@@ -230,5 +230,5 @@ def check_model(model: ModelConfig) -> None:
         if has != needs:
             raise UsageError(
                 f"the original's format has no place for {name} {has:g}: its code always has "
-                f"{needs:g}; choose --to meshlm or hf"
+                f"{needs:g}; {remedy}"
             )

@@ -46,7 +46,7 @@ class MtjTarget(Target):
             UsageError: the model has a shape that the original's code cannot have, or heads or
                 vocabulary cannot be cut into so many shards.
         """
-        mtj_layout.check_model(model)
+        mtj_layout.check_model(model, "choose --to meshlm or hf")
         mtj_layout.check_shards(model, shards)
         self.model = dataclasses.replace(model, embedding_bias=True)
         self.notes: list[str] = []
@@ -55,6 +55,7 @@ class MtjTarget(Target):
         self._folder, self._shards, self._step = folder, shards, step or 0
         matrices = {info.dtype for info in infos.values() if len(info.shape) > 1}
         self._dtype = matrices.pop() if len(matrices) == 1 else _FLOAT32
+        self._counts = {} if sidecar is None else sidecar.arrays
         self._sidecar = self._usable(sidecar)
         self._changed: list[str] = []
         self._slots = iter(self._layout.slots)
@@ -136,11 +137,16 @@ class MtjTarget(Target):
     def _write_counters_until(self, number: int) -> None:
         for name, place in self._layout.counters.items():
             if self._writer.count == place < number:
-                kept = None if self._sidecar is None else self._sidecar.arrays.get(name)
-                steps = None if self._sidecar is None else self._sidecar.arrays.get(STEP)
-                if kept is None or steps is None or int(steps[0]) != self._step:
-                    kept = np.full(self._shards, self._step, np.int32)
-                self._writer.add([kept[shard] for shard in range(self._shards)])
+                self._writer.add(self._counters(name))
+
+    def _counters(self, name: str) -> Sequence[np.ndarray]:
+        """Returns a count for every shard: what it was at this step, or else the step."""
+        kept, steps = self._counts.get(name), self._counts.get(STEP)
+        if kept is None or steps is None or int(steps[0]) != self._step:
+            return [np.array(self._step, np.int32)] * self._shards
+        if len(kept) != self._shards:
+            return [kept[0]] * self._shards
+        return list(kept)
 
 
 def make_shares(total: np.ndarray, shards: int, dtype: np.dtype) -> Sequence[np.ndarray]:
