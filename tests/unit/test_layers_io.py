@@ -180,6 +180,7 @@ print(wrote, (peak[0] - before) / array.nbytes)
 """
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_layer(tmp_path):
     """40 MB layers, 200 MB in all: one is held in writing, two in reading, never the stack."""
     arguments = [sys.executable, "-c", MEASURE, str(tmp_path / "big"), str(tmp_path / "small")]

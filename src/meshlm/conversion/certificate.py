@@ -107,8 +107,9 @@ class Certificate:
 def probe_tokens(model: ModelConfig) -> list[int]:
     """Returns the fixed tokens on which both sides are computed."""
     length = min(_MAX_TOKENS, model.context_length)
-    # Knuth's multiplicative hash: scattered over all rows, and the same for ever.
-    return [(place + 1) * 2_654_435_761 % 2**32 % model.vocab_size for place in range(length)]
+    # Knuth's multiplicative hash: spread over all rows, so over all shards, and the same for ever.
+    hashes = [(place + 1) * 2_654_435_761 % 2**32 for place in range(length)]
+    return [(number * model.vocab_size) >> 32 for number in hashes]
 
 
 def versions() -> dict[str, str]:

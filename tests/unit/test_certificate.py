@@ -1,0 +1,170 @@
+"""The certificate: what it measures, what it lets pass, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import tiny
+from meshlm.conversion import certificate
+from meshlm.conversion.certificate import (
+    TOLERANCE,
+    explain,
+    hash_tensor,
+    measure,
+    probe_tokens,
+    row_blocks,
+)
+from meshlm.conversion.tensors import Part, TensorInfo
+from meshlm.core.errors import BadInputError, MeshLMError
+from meshlm.model.config import PRESETS
+
+BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+
+class DictPart(Part):
+    def __init__(self, **arrays: np.ndarray) -> None:
+        self.key, self._arrays, self.raw = "embedding", arrays, list(arrays)
+        self.tensors = {n: TensorInfo(shape=a.shape, dtype=a.dtype) for n, a in arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    read_raw = read
+
+
+def reason(name: str, source: DictPart, destination: DictPart, dtype=None) -> str | None:
+    info = source.tensors.get(name)
+    if info is not None and dtype is not None:
+        info = TensorInfo(shape=info.shape, dtype=dtype)
+    return explain(name, source, destination, info)
+
+
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, max_side=9)))
+def test_a_hash_is_that_of_the_bytes_in_c_order(array):
+    wanted = hashlib.sha256(array.tobytes()).hexdigest()
+    transposed = np.asfortranarray(array)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "_BLOCK_BYTES", 40)
+        assert hash_tensor(array) == hash_tensor(transposed) == wanted
+    rounded = hashlib.sha256(array.astype(BFLOAT16).tobytes()).hexdigest()
+    if not np.isfinite(array).all() or np.isfinite(array.astype(BFLOAT16)).all():
+        assert hash_tensor(array, BFLOAT16, "x") == rounded
+
+
+@given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 100))
+def test_row_blocks_are_all_rows_once(rows, columns, block_bytes):
+    array = np.arange(rows * columns).reshape(rows, columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "_BLOCK_BYTES", block_bytes)
+        pieces = list(row_blocks(array, array + 1))
+    assert np.array_equal(np.concatenate([a for a, _ in pieces]), array)
+    assert np.array_equal(np.concatenate([b for _, b in pieces]), array + 1)
+
+
+def test_probe_tokens_are_rows_of_the_vocabulary():
+    tokens = probe_tokens(PRESETS["gpt-j-6b"])
+    assert len(tokens) == 32
+    # Some of each of the original's eight shards of the table.
+    assert {token // 6_300 for token in tokens} == set(range(8))
+    assert max(probe_tokens(tiny.CONFIG)) < tiny.CONFIG.vocab_size
+
+
+def test_explanations():
+    table = np.array([[1.0, -0.0], [3.0, 4.0]], np.float32)
+    bias = np.array([0.001, -2.0], np.float32)
+    both = DictPart(embedding=table, embedding_bias=bias)
+    one = DictPart(embedding=table)
+    folded = DictPart(embedding=table + bias)
+    assert reason("embedding", both, folded) == (
+        "the embedding bias was added in float32, stored as float32"
+    )
+    rounded = DictPart(embedding=(table + bias).astype(BFLOAT16))
+    assert "stored as bfloat16" in str(reason("embedding", both, rounded, BFLOAT16))
+    assert reason("embedding_bias", both, folded) == "part of the embedding here"
+    zeros = DictPart(embedding=table, embedding_bias=np.zeros(2, np.float32))
+    assert reason("embedding_bias", one, zeros) == "zeros: this format always has one"
+    narrow = DictPart(embedding=table.astype(BFLOAT16))
+    assert reason("embedding", narrow, one) == "the same numbers as float32"
+    assert reason("embedding", DictPart(embedding=table + 0.0), one) == (
+        "the same numbers; zeros of another sign"
+    )
+
+
+def test_no_explanation_for_other_numbers():
+    table = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    bias = np.array([0.5, -2.0], np.float32)
+    both = DictPart(embedding=table, embedding_bias=bias)
+    changed = table.copy()
+    changed[1, 1] = np.nextafter(np.float32(4), np.float32(5))
+    assert reason("embedding", DictPart(embedding=table), DictPart(embedding=changed)) is None
+    assert reason("embedding", both, DictPart(embedding=table)) is None
+    assert reason("embedding", both, DictPart(embedding=changed + bias)) is None
+    assert reason("embedding_bias", DictPart(embedding=table), both) is None
+    assert reason("embedding", both, DictPart(embedding_bias=bias)) is None
+    # Bits that NaN hides from a comparison of numbers are no explanation either.
+    nan = DictPart(embedding=np.full((2, 2), np.nan, np.float32))
+    assert reason("embedding", nan, nan) is None
+
+
+def logits(scale: float = 0.0) -> np.ndarray:
+    base = np.linspace(-8, 4, 60).reshape(5, 12)
+    return (base + scale * 8 * np.cos(np.arange(60)).reshape(5, 12)).astype(np.float32)
+
+
+def test_distances_are_relative_to_the_largest_logit():
+    distances = measure((logits(), logits()), logits(1e-5), is_lossy=False)
+    assert distances["source and destination"].max_difference == 0
+    own = distances["destination and MeshLM"]
+    assert own.relative == pytest.approx(1e-5, rel=0.05)
+    assert own.max_difference == pytest.approx(8e-5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("destination", "own", "pair"),
+    [
+        (3e-5, 3e-5, "source and destination"),
+        (0, 3e-5, "destination and MeshLM"),
+        (1.5e-5, -1e-5, "destination and MeshLM"),
+        (np.nan, 0, "source and destination"),
+        (0, np.nan, "destination and MeshLM"),
+    ],
+)
+def test_numbers_beyond_the_tolerance_fail(destination, own, pair):
+    assert TOLERANCE == 2e-5
+    with pytest.raises(MeshLMError, match=f"the same numbers: {pair} differ by"):
+        measure((logits(), logits(destination)), logits(own), is_lossy=False)
+
+
+def test_rounding_may_move_the_source_but_not_the_destination():
+    distances = measure((logits(), logits(1e-2)), logits(1e-2), is_lossy=True)
+    assert distances["source and destination (the rounding)"].relative > 1e-3
+    with pytest.raises(MeshLMError, match="destination and MeshLM differ"):
+        measure((logits(), logits(1e-2)), logits(0), is_lossy=True)
+
+
+def test_a_source_without_finite_logits_is_refused():
+    bad = logits()
+    bad[2, 3] = np.inf
+    with pytest.raises(BadInputError, match="not finite"):
+        measure((bad, bad), bad, is_lossy=True)
+
+
+def test_logits_of_zero_agree_with_themselves():
+    zero = np.zeros((2, 3), np.float32)
+    assert measure((zero, zero), zero, is_lossy=False)["source and MeshLM"].relative == 0
+    with pytest.raises(MeshLMError):
+        measure((zero, zero), zero + 1e-9, is_lossy=False)
+
+
+def test_versions_are_those_installed():
+    found = certificate.versions()
+    assert found["numpy"] == np.__version__
+    assert json.loads(json.dumps(found)) == found
