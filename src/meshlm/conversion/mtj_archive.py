@@ -178,8 +178,6 @@ class ArchiveStore(Store):
 
     def prepare(self, parts: Sequence[Mapping[Slot, tuple[int, ...]]]) -> Reader:
         wanted = [self._matrices(part) for part in parts]
-        coming = {slot for part in wanted for slot in part}
-        self._held = {slot: array for slot, array in self._held.items() if slot in coming}
         if any(slot not in self._held for slot in wanted[0]):
             self._held = {}
             self._read(self._within_budget(wanted))
