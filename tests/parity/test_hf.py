@@ -302,11 +302,23 @@ def test_gpt2s_tokenizer_with_the_published_extra_tokens(tmp_path):
 
     # Read again: from tokenizer.json, from what transformers saves, and from the two old files.
     theirs.save_pretrained(tmp_path / "theirs")
-    assert open_hf(tmp_path / "ours").tokenizer.name == "gpt2"
-    assert open_hf(tmp_path / "theirs").tokenizer.name == "gpt2"
+    check_extra_tokens(open_hf(tmp_path / "theirs").tokenizer)
+    again = open_hf(tmp_path / "ours")
+    check_extra_tokens(again.tokenizer)
+    write_folder(tmp_path / "again", again)
+    written = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("ours", "again")]
+    assert written[0] == written[1]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(tmp_path / "ours" / name)
     assert open_hf(tmp_path / "ours").tokenizer.name == "gpt2"
+
+
+def check_extra_tokens(tokenizer):
+    """They are known, and no text becomes one."""
+    assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (50400, 50257)
+    assert tokenizer.token_bytes(50399) == b"<|extratoken_143|>"
+    for text in (*TEXTS, "<|extratoken_2|>"):
+        assert tokenizer.encode(text) == load_gpt2().encode(text)
 
 
 def test_a_trained_tokenizer(tmp_path):

@@ -404,8 +404,8 @@ def test_the_published_tokenizer(tmp_path):
     whole["added_tokens"] += padding
     write(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    assert "50257 tokens" in refusal(tmp_path)
-    # With another token after it, the padding is none.
+    assert "50400 tokens" in refusal(tmp_path)
+    # Another token after it is one like any other.
     whole["added_tokens"].append({"id": 50400, "content": "<|mine|>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     assert "50401 tokens" in refusal(tmp_path)
@@ -416,7 +416,7 @@ def test_the_published_tokenizer(tmp_path):
     (tmp_path / "added_tokens.json").write_text(
         json.dumps({token["content"]: token["id"] for token in padding})
     )
-    assert "50257 tokens" in refusal(tmp_path)
+    assert "50400 tokens" in refusal(tmp_path)
     (tmp_path / "merges.txt").write_text("a\n")
     assert "merges.txt" in refusal(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')

@@ -1,11 +1,10 @@
 """The tokenizer files of a Hugging Face folder, read and written.
 
 GPT-J's published tokenizer is GPT-2's and 143 tokens, `<|extratoken_1|>` and on, that stand for the
-embedding's padding rows. They are no text: read, such a tokenizer is GPT-2's, so that these ids are
-never sampled and data that was prepared with GPT-2's goes with the model; written, they come back.
+embedding's padding rows. They are read and written as they are: a prompt may have these ids, and no
+text becomes one (`Tokenizer.text_vocab_size`).
 """
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,15 @@ def find_tokenizer(folder: Path, config: HfConfig) -> Tokenizer | None:
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> list[str]:
     """Writes the files from which transformers makes the same tokenizer; returns notes on them."""
     whole = json.loads(tokenizer.to_json())
-    vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
     is_gpt2 = tokenizer.fingerprint == GPT2_FINGERPRINT
+    if tokenizer.vocab_size > tokenizer.text_vocab_size == GPT2_VOCAB_SIZE:
+        plain = json.loads(tokenizer.to_json())
+        _drop_padding(plain)
+        if from_json(json.dumps(plain).encode()).fingerprint == GPT2_FINGERPRINT:
+            whole, is_gpt2 = plain, True
+    vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
     notes = []
-    if is_gpt2 and model.vocab_size > tokenizer.vocab_size:
+    if is_gpt2 and model.vocab_size > GPT2_VOCAB_SIZE:
         padding = _padding(model.vocab_size)
         whole["added_tokens"] += padding
         notes.append(
@@ -106,8 +110,6 @@ def _padding_text(token: int) -> str:
 
 
 def _make_tokenizer(whole: dict[str, Any], where: str) -> Tokenizer:
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        _drop_padding(whole)  # what is malformed stays, for from_json to say so
     try:
         return from_json(json.dumps(whole).encode())
     except BadInputError as error:

@@ -95,7 +95,7 @@ def first_state(
     state = begin(load_stacked(source, "params", abstract.params))
     whole = f"{origin.path} ({origin.format})"
     if source.sidecar is not None:
-        say(f"the shards' own values in the sidecar of {origin.path} are dropped: weights change")
+        say("what each shard of the original has of its own is not kept: the weights will change")
     if not origin.goes_on:
         say(f"weights of {whole}; the optimizer begins anew")
         return state
