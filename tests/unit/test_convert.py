@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -250,18 +249,20 @@ def test_a_killed_conversion_leaves_nothing_under_the_name(native, tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_leftovers_of_dead_processes_go_and_those_of_others_stay(native, tmp_path):
+def test_leftovers_go_and_what_is_being_written_stays(native, tmp_path):
     """Another conversion to this name may be running, and another name is not ours."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = destinations.Destination(tmp_path / "out", native, 0, force=False)._prefix
-    for pid in (dead.pid, os.getppid()):
-        (tmp_path / f"{host}{pid}").mkdir()
-    (tmp_path / f"{host.replace('.out.', '.other.')}{dead.pid}").mkdir()
-    convert(open_source(native), tmp_path / "out", to="hf")
-    assert sorted(leftovers(tmp_path)) == sorted(
-        [f"{host}{os.getppid()}", f"{host.replace('.out.', '.other.')}{dead.pid}"]
-    )
+    stale, other = tmp_path / ".out.partial-0123abcd", tmp_path / ".other.partial-0123abcd"
+    stale.mkdir()
+    other.mkdir()
+    with destinations.Destination(tmp_path / "out", native, 0, force=False) as running:
+        assert sorted(leftovers(tmp_path)) == sorted([other.name, running.name])
+        stale.mkdir()
+        convert(open_source(native), tmp_path / "out", to="hf")
+        assert sorted(leftovers(tmp_path)) == sorted([other.name, running.name])
+        shutil.rmtree(tmp_path / "out")
+        (running / "file").write_text("x")
+    assert leftovers(tmp_path) == [other.name]
+    assert (tmp_path / "out/file").read_text() == "x"
 
 
 def test_what_is_there_is_replaced_only_by_force_and_success(native, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """The folder that a conversion writes: hidden until it is whole."""
 
+import fcntl
 import os
-import platform
-import re
+import secrets
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +32,13 @@ class Destination:
         self._parent.mkdir(parents=True, exist_ok=True)
         self._clean_stale()
         _check_disk(self._parent, num_bytes)
-        self._partial = self._parent / f"{self._prefix}{os.getpid()}"
-        self._replaced = self._parent / f".{self._path.name}.replaced-{os.getpid()}"
+        self._partial = self._parent / f"{self._prefix}{secrets.token_hex(4)}"
+        self._replaced = self._partial.with_name(self._partial.name.replace("partial", "replaced"))
+        self._lock: int | None = None
 
     def __enter__(self) -> Path:
         self._partial.mkdir()
+        self._lock = _lock(self._partial)
         return self._partial
 
     def __exit__(
@@ -51,11 +53,12 @@ class Destination:
         finally:
             if self._partial.exists():
                 remove_tree(self._partial)
+            if self._lock is not None:
+                os.close(self._lock)
 
     @property
     def _prefix(self) -> str:
-        host = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
-        return f".{self._path.name}.partial-{host}-"
+        return f".{self._path.name}.partial-"
 
     def _publish(self) -> None:
         _sync_tree(self._partial)
@@ -72,11 +75,14 @@ class Destination:
             remove_tree(self._replaced)
 
     def _clean_stale(self) -> None:
-        """Removes what killed conversions to this name left on this machine."""
-        for path in self._parent.glob(f"{_escape(self._prefix)}*"):
-            pid = path.name.removeprefix(self._prefix)
-            if pid.isdecimal() and not _is_alive(int(pid)):
+        """Removes what killed conversions to this name left: nobody holds it any more."""
+        for path in self._parent.iterdir():
+            if not path.name.startswith(self._prefix) or path.is_symlink() or not path.is_dir():
+                continue
+            lock = _lock(path)
+            if lock is not None:
                 remove_tree(path)
+                os.close(lock)
 
 
 def _check_name(path: Path, source: Path, force: bool) -> None:
@@ -103,14 +109,19 @@ def _check_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _is_alive(pid: int) -> bool:
+def _lock(folder: Path) -> int | None:
+    """Returns the descriptor that holds a folder until it is closed; None where another has it.
+
+    A process id would not do: in a container the next process often has that of the killed one.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        # Held; or this file system has no locks, and what is left stays.
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _sync_tree(folder: Path) -> None:
@@ -121,7 +132,3 @@ def _sync_tree(folder: Path) -> None:
             continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-
-
-def _escape(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
