@@ -1,7 +1,7 @@
 """A Hugging Face folder being written, which transformers loads as it is."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,12 +90,10 @@ class HfTarget(Target):
             info = self._infos[hf_name(name)]
             if name == "embedding" and "embedding_bias" in part.tensors:
                 bias = part.read("embedding_bias")
-                array = _fold(part.read(name), bias, info.dtype)
+                rows = _fold(part.read(name), bias, info.dtype)
             else:
-                array = cast(part.read(name), info.dtype, name)
-            array = array.reshape(info.shape)
-            self._common_is_exact = self._common_is_exact and _is_exact(array, self._common)
-            self._write(hf_name(name), array)
+                rows = iter([cast(part.read(name), info.dtype, name).reshape(info.shape)])
+            self._write(hf_name(name), map(self._look_at, rows))
 
     def finish(self) -> None:
         assert len(self._writers) == len(set(self._files.values()))
@@ -142,13 +140,17 @@ class HfTarget(Target):
         stem, suffix = WEIGHTS_FILE.split(".")
         return {name: f"{stem}-{i:05}-of-{number:05}.{suffix}" for name, i in numbers.items()}
 
-    def _write(self, name: str, array: np.ndarray) -> None:
+    def _look_at(self, rows: np.ndarray) -> np.ndarray:
+        self._common_is_exact = self._common_is_exact and _is_exact(rows, self._common)
+        return rows
+
+    def _write(self, name: str, rows: Iterable[np.ndarray]) -> None:
         file = self._files[name]
         writer = self._writers.get(file)
         if writer is None:
             infos = {n: self._infos[n] for n, own in self._files.items() if own == file}
             writer = self._writers[file] = TensorWriter(self._folder / file, infos, _METADATA)
-        writer.write(name, array)
+        writer.write_rows(name, rows)
         if writer.is_whole:
             writer.finish()
 
@@ -158,14 +160,12 @@ def _matrices(dtypes: Mapping[str, np.dtype]) -> set[np.dtype]:
     return {dtype for name, dtype in dtypes.items() if not name.endswith(small)}
 
 
-def _fold(table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns the table with the bias in every row: summed in float32, then rounded once."""
+def _fold(table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yields the table with the bias in every row: summed in float32, then rounded once."""
     bias = bias_D.astype(np.float32)
-    result = np.empty(table_VD.shape, dtype)
-    for start in range(0, len(result), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        result[rows] = cast(table_VD[rows].astype(np.float32) + bias, dtype, "embedding")
-    return result
+    for start in range(0, len(table_VD), _BLOCK_ROWS):
+        rows = table_VD[start : start + _BLOCK_ROWS]
+        yield cast(rows.astype(np.float32) + bias, dtype, "embedding")
 
 
 def _is_exact(array: np.ndarray, dtype: np.dtype) -> bool:

@@ -10,7 +10,7 @@ Source: huggingface/safetensors, README.md, "Format".
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +145,21 @@ class TensorWriter:
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes a tensor where the header says that it is."""
-        info = self._infos[name]
-        assert (array.shape, array.dtype) == (info.shape, info.dtype), name
+        assert array.shape == self._infos[name].shape, name
+        self.write_rows(name, [array])
+
+    def write_rows(self, name: str, parts: Iterable[np.ndarray]) -> None:
+        """Writes a tensor from parts that make it up along its first dim, one after the other."""
+        info, num_bytes = self._infos[name], 0
         self._missing.remove(name)
         with self._path.open("r+b") as file:
             file.seek(self._offsets[name])
-            for block in _blocks(array):
-                file.write(block)
+            for part in parts:
+                assert part.dtype == info.dtype, name
+                num_bytes += part.nbytes
+                for block in _blocks(part):
+                    file.write(block)
+        assert num_bytes == math.prod(info.shape) * info.dtype.itemsize, name
 
     def finish(self) -> None:
         """Returns when the whole file is on the disk."""
