@@ -37,6 +37,8 @@ class TrainConfig:
     """Weights to begin with, in any format that `meshlm convert` reads; the optimizer is fresh."""
     resume_from: Path | None = None
     """A checkpoint with its optimizer's state, MeshLM's or the original's: go on from it."""
+    init_config: str | None = None
+    """The original's JSON config or a preset, where none lies beside the weights to begin with."""
     recipe: Recipe | None = None
     """mtj-2021: train exactly as the original did, its summed biases and bfloat16 included."""
     recipe_shards: int | None = None

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from meshlm.conversion.loading import load_stacked
-from meshlm.conversion.mtj import is_mtj
 from meshlm.conversion.opening import open_source
 from meshlm.conversion.tensors import Source
 from meshlm.core.errors import UsageError
@@ -27,7 +26,7 @@ def open_origin(config: TrainConfig) -> Source | None:
     path = config.init or config.resume_from
     if path is None:
         return None
-    source = _open(path, config)
+    source = open_source(path, config=config.init_config)
     if config.resume_from is not None:
         if set(source.groups) != {"params", "mu", "nu"} or source.step is None:
             raise UsageError(
@@ -39,11 +38,6 @@ def open_origin(config: TrainConfig) -> Source | None:
                 f"--steps {config.steps}: {path} is at step {source.step:,} already: give more"
             )
     return source
-
-
-def _open(path: Path, config: TrainConfig) -> Source:
-    # The original's files do not say their shape: without a config beside them, the preset does.
-    return open_source(path, config=config.preset if is_mtj(path) else None)
 
 
 def describe_origin(config: TrainConfig, source: Source) -> Origin:
@@ -90,7 +84,7 @@ def first_state(
     origin = record.origin
     if origin is None:
         return jax.jit(lambda: init_state(step_config, record.seed))()
-    source = _open(Path(origin.path), config)
+    source = open_source(origin.path, config=config.init_config)
     begin = jax.jit(lambda params: begin_state(step_config, params), donate_argnums=0)
     state = begin(load_stacked(source, "params", abstract.params))
     whole = f"{origin.path} ({origin.format})"
