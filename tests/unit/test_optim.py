@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from meshlm.core.errors import UsageError
 from meshlm.core.tree import to_named
 from meshlm.model.params import decay_mask, shared_mask
-from meshlm.optim import OptimizerConfig, apply_updates, learning_rate, make_optimizer
+from meshlm.optim import (
+    OptimizerConfig,
+    apply_updates,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+)
 from tiny import CONFIG, OPTIMIZER, assert_trees_close, draw_params
 
 GPTJ = OptimizerConfig(
@@ -144,6 +150,40 @@ def test_ten_steps_of_adamw(change):
     mask = {"matrix": True, "bias": False, "stacked_bias": False}
     found = run(params, gradients, config, mask)
     assert_trees_close(found, adamw(params, gradients, config, {"matrix"}), 1e-6)
+
+
+def test_a_bias_in_shares_is_what_each_share_comes_to():
+    """The original's own way: every shard has a share, its own moments, and the whole gradient."""
+    shards = 4
+    config = dataclasses.replace(OPTIMIZER, bias_shares=shards)
+    rng = np.random.default_rng(1)
+    matrix, whole = rng.standard_normal((5, 7)), rng.standard_normal(7)
+    shares = {f"share_{i}": share for i, share in enumerate(np.outer([0.4, 0.3, 0.2, 0.1], whole))}
+    gradients = [
+        {"matrix": rng.standard_normal((5, 7)), "bias": rng.standard_normal(7)} for _ in range(10)
+    ]
+    of_shares = [{"matrix": g["matrix"], **dict.fromkeys(shares, g["bias"])} for g in gradients]
+    wanted = adamw({"matrix": matrix, **shares}, of_shares, config, {"matrix"})
+
+    optimizer = make_optimizer(
+        config, {"matrix": True, "bias": False}, {"matrix": False, "bias": True}
+    )
+    params = {"matrix": jnp.float32(matrix), "bias": jnp.float32(whole)}
+    state = optimizer.init(params)
+    for number, grads in enumerate(gradients):
+        grads = jax.tree.map(jnp.float32, grads)
+        updates, state = optimizer.update(grads, state, params)
+        params = apply_updates(params, updates, learning_rate(config, number))
+    summed = {"matrix": wanted["matrix"], "bias": sum(wanted[name] for name in shares)}
+    assert_trees_close(params, summed, 1e-6)
+
+
+def test_the_norm_counts_a_bias_once_a_share():
+    grads = {"matrix": jnp.full((2, 3), 2.0), "bias": jnp.full((3,), 3.0)}
+    shared = {"matrix": False, "bias": True}
+    config = dataclasses.replace(OPTIMIZER, bias_shares=5)
+    assert float(gradient_norm(config, grads, shared)) == pytest.approx(np.sqrt(24 + 5 * 27))
+    assert float(gradient_norm(OPTIMIZER, grads, shared)) == pytest.approx(np.sqrt(24 + 27))
 
 
 def test_without_a_gradient_only_the_matrices_shrink():

@@ -252,3 +252,59 @@ def test_wrong_option_is_named_with_value_and_remedy(option: str, value: object)
 
 def test_a_single_stop_text_is_not_its_letters() -> None:
     assert SamplingConfig(stop="ab").stop == ("ab",)
+
+
+# The original's order.
+
+
+def original_order(logits, top_k, top_p, temperature):
+    """Both masks on the untempered distribution, then the temperature."""
+    order = np.argsort(-logits, kind="stable")
+    probs = softmax(logits)
+    before = np.cumsum(probs[order]) - probs[order]
+    stays = np.zeros(len(logits), bool)
+    stays[order[:top_k]] = True
+    stays[order[before >= top_p]] = False
+    return np.where(stays, (logits - logits.max()) / temperature, -np.inf)
+
+
+@given(
+    hnp.arrays(np.float32, 23, elements=st.floats(-8, 8, width=16), unique=True),
+    st.integers(1, 23),
+    st.sampled_from([0.1, 0.5, 0.9, 0.99]),
+    st.sampled_from([0.5, 1.0, 3.0]),
+)
+def test_filters_first_is_the_originals_order(logits, top_k, top_p, temperature):
+    options = make_options(1, top_k=top_k, top_p=top_p, temperature=temperature)
+    seen = jnp.zeros((1, len(logits)), bool)
+    found = process_originals(jnp.asarray(logits)[None], seen, options, len(logits))[0]
+    wanted = original_order(logits.astype(np.float64), top_k, top_p, temperature)
+    # Where the mass crosses p within rounding either side is right.
+    borderline = np.abs(np.cumsum(np.sort(softmax(logits))[::-1]) - top_p).min() < 1e-6
+    if not borderline:
+        np.testing.assert_array_equal(kept(found), np.isfinite(wanted))
+        np.testing.assert_allclose(found[kept(found)], wanted[kept(found)], rtol=1e-5, atol=1e-6)
+
+
+process_originals = jax.jit(
+    lambda logits, seen, options, allowed: s.process_logits(
+        logits, seen, options, allowed, filters_first=True
+    ),
+    static_argnums=3,
+)
+
+
+def test_the_orders_differ():
+    """At a high temperature top-p keeps more; the original's looks at the untempered mass."""
+    logits = jnp.log(jnp.array([[0.6, 0.2, 0.1, 0.06, 0.04]]))
+    options, seen = make_options(1, top_p=0.75, temperature=4.0), jnp.zeros((1, 5), bool)
+    assert kept(process_originals(logits, seen, options, 5)).sum() == 2
+    assert kept(process_logits(logits, seen, options, 5)).sum() == 4
+
+
+def test_the_originals_slip_with_token_0_is_not_kept():
+    """There a mask of 1e10 times the token's id let token 0 by, whatever its logit."""
+    logits = jnp.array([[-5.0, 1.0, 2.0, 3.0, 0.5]])
+    options, seen = make_options(1, top_k=2), jnp.zeros((1, 5), bool)
+    found = kept(process_originals(logits, seen, options, 5))[0]
+    assert np.flatnonzero(found).tolist() == [2, 3]

@@ -267,3 +267,17 @@ def test_one_changed_byte_in_the_merges_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(bpe.resources, "files", lambda _: tmp_path)
     with pytest.raises(BadInputError, match="sha256"):
         bpe.load_gpt2_merges()
+
+
+def test_extra_tokens_are_known_and_are_no_text():
+    whole = json.loads(load_gpt2().to_json())
+    whole["added_tokens"] += [
+        {"id": 50_256 + i, "content": f"<|extratoken_{i}|>", "special": False}
+        for i in range(1, 144)
+    ]
+    tokenizer = from_json(json.dumps(whole).encode())
+    assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (50_400, 50_257)
+    assert tokenizer.decode([50_257]) == "<|extratoken_1|>"
+    text = "a <|extratoken_1|> b"
+    assert tokenizer.encode(text) == load_gpt2().encode(text)
+    assert load_gpt2().text_vocab_size == load_gpt2().vocab_size == 50_257

@@ -1,0 +1,76 @@
+"""Options of `meshlm train` in a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from meshlm.core.config import to_dict
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.model.config import PRESETS
+from meshlm.training.settings import expand, read_settings
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content):
+        path = tmp_path / "options.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_options_become_words_before_those_of_the_command_line(write):
+    path = write({"steps": 7, "mesh": {"data": 2}, "document_mask": True, "keep_every": None})
+    words = ["--config", str(path), "--run", "r"]
+    file = ["--steps=7", "--mesh.data=2", "--document-mask=True"]
+    assert expand(words) == [*file, *words]
+
+
+@pytest.mark.parametrize("given", [["--steps", "9"], ["--steps=9"]])
+def test_the_command_line_wins(write, given):
+    words = [f"--config={write({'steps': 7, 'seed': 1})}", *given]
+    assert expand(words) == ["--seed=1", *words]
+
+
+def test_lists_become_one_word_each(write):
+    words = ["--config", str(write({"data": ["a=0.5", "b"]}))]
+    assert expand(words)[:2] == ["--data=a=0.5", "--data=b"]
+    # Given on the command line too, the file's are left out, not added to.
+    assert expand([*words, "--data", "c"]) == [*words, "--data", "c"]
+
+
+def test_without_a_file_nothing_changes():
+    assert expand(["--run", "r"]) == ["--run", "r"]
+    assert expand(["--config"]) == ["--config"]
+
+
+def test_a_model_comes_with_it(write):
+    model, options = read_settings(write({"model": to_dict(PRESETS["test"]), "steps": 3}))
+    assert model == PRESETS["test"]
+    assert options == {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"stepps": 1}, "did you mean 'steps'"),
+        ({"run": "x"}, "unknown option 'run'"),
+        ({"config": "x"}, "unknown option 'config'"),
+        ({"model": {"num_layers": 1}}, "model"),
+        ({"model": {**to_dict(PRESETS["test"]), "layers": 1}}, "layers"),
+        ([1], "not a JSON object"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_no_option_is_refused(write, content, said):
+    with pytest.raises(BadInputError, match=said):
+        read_settings(write(content))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        expand(["--config", str(tmp_path / "none.json")])
