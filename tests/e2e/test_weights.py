@@ -70,6 +70,16 @@ def test_a_run_begins_with_weights_of_any_format(meshlm, run_of_10, store, tmp_p
     assert int(found["optimizer.adam.count"]) == 1
 
 
+def test_the_recipe_adds_an_embedding_bias_of_zeros(meshlm, run_of_10, store, tmp_path):
+    assert meshlm("convert", run_of_10, tmp_path / "hf", "--to", "hf")[0] == 0
+    still = ("--learning-rate", "0", "--end-learning-rate", "0", "--steps", "1")
+    words = ("--init", tmp_path / "hf", *RECIPE[:2], *still)
+    assert train(meshlm, tmp_path / "run", store, *words)[0] == 0
+    found = arrays(tmp_path / "run" / "checkpoints" / "step_1")
+    assert not found["params.embedding_bias"].any()
+    assert found["optimizer.adam.mu.embedding_bias"].any()
+
+
 ROOMS = ("params", "optimizer.adam.mu", "optimizer.adam.nu")
 
 

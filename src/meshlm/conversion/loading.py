@@ -68,7 +68,7 @@ def load_stacked(
 ) -> Params:
     """Returns weights or moments as training has them: layers stacked, float32, sharded.
 
-    The host holds all of them for a moment.
+    An embedding bias that the source does not have is zero. The host holds everything for a moment.
 
     Args:
         abstract: their shapes and shardings.
@@ -76,6 +76,8 @@ def load_stacked(
     """
     named = to_named(abstract)
     whole: dict[str, Any] = {n: np.empty(leaf.shape, np.float32) for n, leaf in named.items()}
+    if not source.model.embedding_bias and "embedding_bias" in whole:
+        whole["embedding_bias"][...] = 0
     for part in source.parts(group):
         for name in part.tensors:
             stacked, layer = stacked_name(name)

@@ -31,7 +31,7 @@ class StreamedForward:
         self._model, self._tokens = model, np.asarray(tokens, np.int32)
         self._device = jax.local_devices(backend="cpu")[0]
         with jax.default_device(self._device):
-            self._rotary = transformer._rotary(model, _FLOAT32, None, len(tokens))
+            self._rotary = transformer.rotary_rows(model, _FLOAT32, None, len(tokens))
             self._mask = causal_mask(len(tokens))
         self._x: jax.Array | None = None
         self.logits = np.zeros((0, 0), np.float32)
@@ -67,7 +67,7 @@ class StreamedForward:
             fields[name.removeprefix(prefix)] = stored.astype(jnp.float32).block_until_ready()
         assert self._x is not None
         block = Block(**fields)
-        x, _ = transformer._block(
+        x, _ = transformer.block_forward(
             self._x, block, self._model, _FLOAT32, self._rotary, self._mask, None
         )
         return x.block_until_ready()
@@ -78,7 +78,7 @@ class StreamedForward:
             final_norm_offset=jnp.asarray(part.read("final_norm_offset")),
         )
         assert self._x is not None
-        x = transformer._final_norm(norm, self._model, _FLOAT32, self._x)
+        x = transformer.final_norm(norm, self._model, _FLOAT32, self._x)
         head, bias = part.read("head"), part.read("head_bias")
         count = max(1, _BLOCK_BYTES // (4 * head.shape[1]))
         pieces = []

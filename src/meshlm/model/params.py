@@ -92,6 +92,9 @@ def describe(config: ModelConfig) -> PyTree:
     def vector(shape: tuple[int, ...], dims: tuple[str | None, ...], fill: float = 0.0) -> Any:
         return Weight(shape=shape, dims=dims, fill=fill)
 
+    def shared(shape: tuple[int, ...], dims: tuple[str | None, ...]) -> Any:
+        return Weight(shape=shape, dims=dims, shared=True)
+
     stacked = "layers"
     blocks = Block(
         norm_scale=vector((L, D), (stacked, None), 1.0),
@@ -103,7 +106,7 @@ def describe(config: ModelConfig) -> PyTree:
         ff_in=matrix((L, F, D), (stacked, "ff", "embed"), read_std),
         ff_in_bias=vector((L, F), (stacked, "ff")),
         ff_out=matrix((L, D, F), (stacked, "embed", "ff"), write_std),
-        ff_out_bias=Weight(shape=(L, D), dims=(stacked, None), shared=True),
+        ff_out_bias=shared((L, D), (stacked, None)),
     )
     return Params(
         embedding=matrix((V, D), (None, "table_embed"), 1 / math.sqrt(V)),
@@ -112,9 +115,7 @@ def describe(config: ModelConfig) -> PyTree:
         final_norm_offset=vector((D,), (None,)),
         head=matrix((V, D), ("vocab", "embed"), read_std),
         head_bias=vector((V,), ("vocab",)),
-        embedding_bias=Weight(shape=(D,), dims=(None,), shared=True)
-        if config.embedding_bias
-        else None,
+        embedding_bias=shared((D,), (None,)) if config.embedding_bias else None,
     )
 
 

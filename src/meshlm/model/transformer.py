@@ -54,12 +54,12 @@ def hidden_states(
     segment_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns the float32 output of the final norm for whole sequences from position 0."""
-    rotary = _rotary(config, compute, None, tokens_BT.shape[1])
+    rotary = rotary_rows(config, compute, None, tokens_BT.shape[1])
     mask = causal_mask(tokens_BT.shape[1], segment_ids_BT)
 
     def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
         with jax.named_scope("block"):
-            return _block(x_BTD, block, config, compute, rotary, mask, None)[0], None
+            return block_forward(x_BTD, block, config, compute, rotary, mask, None)[0], None
 
     layer = _rematerialise(layer, compute.remat)
     x_BTD = embed(params, tokens_BT, compute)
@@ -68,7 +68,7 @@ def hidden_states(
     else:
         for i in range(config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w, i=i: w[i], params.blocks))
-    return _final_norm(params, config, compute, x_BTD)
+    return final_norm(params, config, compute, x_BTD)
 
 
 def forward(
@@ -99,13 +99,13 @@ def forward_cached(
         positions_BT: their positions, consecutive along T.
         cache: what came before. Places at or after a row's positions are overwritten or unseen.
     """
-    rotary = _rotary(config, compute, positions_BT, tokens_BT.shape[1])
+    rotary = rotary_rows(config, compute, positions_BT, tokens_BT.shape[1])
     mask = cache_mask(cache, positions_BT)
     x_BTD = embed(params, tokens_BT, compute)
     start_B = reshard(positions_BT[:, 0], "batch")
     layers = []
     for block, layer_cache in zip(params.blocks, cache.layers, strict=True):
-        x_BTD, updated = _block(
+        x_BTD, updated = block_forward(
             x_BTD,
             block,
             config,
@@ -115,7 +115,7 @@ def forward_cached(
             (layer_cache, start_B),
         )
         layers.append(updated)
-    return _final_norm(params, config, compute, x_BTD), Cache(layers=tuple(layers))
+    return final_norm(params, config, compute, x_BTD), Cache(layers=tuple(layers))
 
 
 def embed(params: Params, tokens_BT: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
@@ -159,7 +159,7 @@ def gather(weight: jax.Array, compute: Compute, *dims: str | None) -> jax.Array:
     return reshard(weight.astype(compute.dtype), *dims, gathered=True)
 
 
-def _block(
+def block_forward(
     x_BTD: jax.Array,
     block: Block,
     config: ModelConfig,
@@ -168,7 +168,10 @@ def _block(
     mask: jax.Array,
     cached: tuple[LayerCache, jax.Array] | None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """x + attention(norm(x)) + feed_forward(norm(x)): one norm, one sum over `model`."""
+    """Returns x + attention(norm(x)) + feed_forward(norm(x)), and the cache if one is given.
+
+    One norm, and one sum over `model`.
+    """
     normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
     normed = _shared_input(normed.astype(compute.dtype))
     attention, cache = _attention(normed, block, compute, rotary, mask, cached)
@@ -240,9 +243,10 @@ def _shared_input(x_BTD: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=frozenset({"model"})))
 
 
-def _final_norm(
-    params: Params, config: ModelConfig, compute: Compute, x_BTD: jax.Array
-) -> jax.Array:
+def final_norm(
+    params: Params, config: ModelConfig, compute: Compute, x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """Returns the residual stream after the last norm, as the head takes it."""
     scale, offset = params.final_norm_scale, params.final_norm_offset
     return _rounded(layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon), compute)
 
@@ -265,9 +269,10 @@ def _rounded_gelu(x: jax.Array, compute: Compute) -> jax.Array:
     return _rounded(_rounded(0.5 * x, compute) * _rounded(1.0 + tanh, compute), compute)
 
 
-def _rotary(
-    config: ModelConfig, compute: Compute, positions_BT: jax.Array | None, length: int
+def rotary_rows(
+    config: ModelConfig, compute: Compute, positions_BT: Int[Array, "B T"] | None, length: int
 ) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows of the rotary table, sines and cosines, for positions, or for 0 and on."""
     sin, cos = rotary_table(
         config.context_length, config.rotary_dim, config.rotary_base, compute.rotary_table
     )
