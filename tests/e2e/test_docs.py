@@ -94,7 +94,8 @@ def unknown_words(text: str, cli: Any) -> list[str]:
         for position, word in enumerate(words):
             if Path(word).name == "meshlm":
                 found += unknown_options(words[position + 1 :], cli)
-            elif word == "make":
+                break  # a later one is a value, as in `--to meshlm`
+            if word == "make":
                 targets = [word for word in words[position + 1 :] if re.fullmatch(r"[a-z-]+", word)]
                 found += [target for target in targets if not has_target(target)]
     return found
