@@ -62,7 +62,7 @@ def assert_identical(found: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def test_restore_reads_what_was_written_by_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "_MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(layers, "MAX_CHUNK_BYTES", 1000)
     folder = write(tmp_path / "written")
     assert checkpoint.verify(folder) == []
     assert checkpoint.read_manifest(folder).step == 7
@@ -74,7 +74,7 @@ def test_restore_reads_what_was_written_by_layers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [write, save])
 def test_layers_are_read_alone(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(layers, "_MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(layers, "MAX_CHUNK_BYTES", 1000)
     reader = LayerReader(make(tmp_path / "checkpoint"))
     assert dict(reader.manifest.arrays) == INFOS
     for name, array in ARRAYS.items():

@@ -17,6 +17,7 @@ over the same JSON without that key. A version above this one's is refused.
 
 Arrays that the caller marks as stacked are `[L, ...]` and no chunk of them spans two layers, so one
 layer can be read or written alone; an array that is not sharded has exactly one chunk a layer.
+Other arrays are cut into chunks of at most 64 MB.
 
 Orbax takes no chunk shape, but splits storage along chosen dims down to size 1: dim 0, here. An
 array that is sharded over devices has one chunk a layer and shard, whichever process holds it.

@@ -26,11 +26,10 @@ from meshlm.checkpoint.manifest import (
     read_manifest,
     write_file,
 )
-from meshlm.checkpoint.saving import is_layer_stack, saving_context, seal
+from meshlm.checkpoint.saving import MAX_CHUNK_BYTES, is_layer_stack, saving_context, seal
 from meshlm.core.errors import BadInputError
 
 _STATE = "state"
-_MAX_CHUNK_BYTES = 64 * 1024 * 1024
 _SMALL_BYTES = 64 * 1024
 _SLACK = 1.01
 
@@ -162,7 +161,7 @@ class LayerWriter:
         if not info.shape or self._is_stacked(name):
             return (1, *info.shape[1:]) if info.shape else ()
         row_bytes = _num_bytes(info) // info.shape[0]
-        return (min(info.shape[0], max(1, _MAX_CHUNK_BYTES // row_bytes)), *info.shape[1:])
+        return (min(info.shape[0], max(1, MAX_CHUNK_BYTES // row_bytes)), *info.shape[1:])
 
 
 def add_file(step_folder: Path, name: str, data: bytes) -> None:

@@ -42,6 +42,7 @@ from meshlm.core.errors import MeshLMError, UsageError
 
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _TIMEOUT_S = 4 * 60 * 60
+MAX_CHUNK_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -240,12 +241,15 @@ def seal(
 
 
 def saving_context(is_stacked: Callable[[str], bool]) -> ocp.Context:
-    """How Orbax stores arrays here: not compressed, stacks in chunks of one layer."""
+    """How Orbax stores arrays here: not compressed, a layer of a stack a chunk, no large chunks."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
     def storage(key: Any, value: Any) -> Any:
         # Orbax takes no chunk shape. To shard storage along dim 0 alone makes chunks [1, ...].
-        return options(shard_axes=(0,)) if is_stacked(key[0].key) else None
+        if is_stacked(key[0].key):
+            return options(shard_axes=(0,))
+        # A chunk is held twice by whoever reads it.
+        return options(chunk_byte_size=MAX_CHUNK_BYTES) if value.ndim else None
 
     context = ocp.Context()
     context.asynchronous.timeout_secs = _TIMEOUT_S
