@@ -126,6 +126,21 @@ def convert(source: Path, destination: Path, to: str) -> None:
     run(Config(source=source, destination=destination, to=to))  # type: ignore[arg-type]
 
 
+def pack(folder: Path, archive: Path) -> None:
+    """Packs a checkpoint of the original's as it was published."""
+    import tarfile
+
+    import zstandard
+
+    with (
+        archive.open("xb") as file,
+        zstandard.ZstdCompressor(level=1, threads=-1).stream_writer(file) as stream,
+        tarfile.open(fileobj=stream, mode="w|") as tar,
+    ):
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+
+
 def compare(first: Path, last: Path) -> None:
     """Fails unless both folders have the same numbers in every tensor.
 
@@ -214,7 +229,7 @@ def anonymous_bytes(pid: int) -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def stages(folder: Path, preset: str, keep: bool) -> Iterator[Stage]:
+def stages(folder: Path, preset: str, keep: bool, archive: bool) -> Iterator[Stage]:
     """Yields what each stage took, in turn."""
     first, own, original, last = (folder / n for n in ("hf", "meshlm", "original", "hf-again"))
 
@@ -233,10 +248,22 @@ def stages(folder: Path, preset: str, keep: bool) -> Iterator[Stage]:
         limit = load_bytes if name == "load" else None
         yield watch(name, [name, str(own)], limit, folder)
     done_with(own)
+    if archive:
+        yield from archive_stages(folder, original)
     words = ["convert", str(original), str(last), "hf"]
     yield watch("original to hf-again", words, MAX_CONVERT_BYTES, folder)
     done_with(original)
     yield watch("compare", ["compare", str(first), str(last)], None, folder)
+
+
+def archive_stages(folder: Path, original: Path) -> Iterator[Stage]:
+    """Yields what it took to pack the original's folder, and to convert it without unpacking."""
+    packed, again = folder / "original.tar.zst", folder / "meshlm-again"
+    yield watch("pack", ["pack", str(original), str(packed)], None, folder)
+    words = ["convert", str(packed), str(again), "meshlm"]
+    yield watch("archive to meshlm", words, MAX_CONVERT_BYTES, folder)
+    packed.unlink()
+    shutil.rmtree(again)
 
 
 def row(stage: Stage) -> str:
@@ -252,6 +279,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where to work (default: a new temporary one)")
     parser.add_argument("--keep", action="store_true", help="delete nothing")
+    parser.add_argument("--archive", action="store_true", help="convert from a .tar.zst as well")
     parser.add_argument("--preset", default="gpt-j-6b", help="a smaller shape, for a trial")
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -262,7 +290,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="convert-6b-", dir=options.folder))
     done: list[Stage] = []
     try:
-        for stage in stages(folder, options.preset, options.keep):
+        for stage in stages(folder, options.preset, options.keep, options.archive):
             done.append(stage)
             if stage.exit_code:
                 break
@@ -285,8 +313,8 @@ def run_stage(name: str, *words: str) -> int:
         make(paths[0], words[1])
     elif name == "convert":
         convert(paths[0], paths[1], words[2])
-    elif name == "compare":
-        compare(*paths)
+    elif name in ("compare", "pack"):
+        {"compare": compare, "pack": pack}[name](*paths)
     else:
         {"load": load, "generate": generate}[name](paths[0])
     return 0
