@@ -106,6 +106,7 @@ def make(folder: Path, preset: str) -> None:
         groups=("params",),
         tokenizer=tokenizer,
         step=None,
+        counts={},
         sidecar=None,
     )
     for part in parts:

@@ -273,7 +273,7 @@ def load(
             weights.
         tokenizer: "gpt2" or a tokenizer.json, where none lies beside the weights.
         allow_pickle: read a `pytorch_model.bin`, in a process of its own, by torch.
-        sample_extra_tokens: generate ids beyond those of text too, where the tokenizer has them.
+        sample_extra_tokens: generate ids beyond those of text too, up to the vocabulary's last row.
 
     Raises:
         UsageError: there is nothing to load at this path, or an option does not fit.
@@ -285,11 +285,14 @@ def load(
         mesh_config = mesh or MeshConfig()
         check_divides(source.model, mesh_config)
         mesh = make_mesh(mesh_config)
+    own_tokenizer = source.tokenizer
+    if own_tokenizer is not None and sample_extra_tokens:
+        own_tokenizer = own_tokenizer.with_extra_tokens(source.model.vocab_size)
     params = load_params(source, mesh, chosen.weights)
     return Model(
         params,
         source.model,
-        source.tokenizer,
+        own_tokenizer,
         chosen,
         mesh,
         sample_extra_tokens=sample_extra_tokens,

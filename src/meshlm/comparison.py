@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from meshlm.api import Model, load
+from meshlm.conversion.mtj import is_mtj
 from meshlm.core.errors import UsageError
 from meshlm.generation.profiles import Dtype, Profile
 
@@ -38,10 +39,18 @@ class Side:
     profile: Profile = "fast"
     dtype: Dtype | None = None
     config: str | None = None
+    """Of the original's weights alone."""
+    allow_pickle: bool = False
 
     def load(self) -> Model:
         """Returns the model."""
-        return load(self.path, profile=self.profile, dtype=self.dtype, config=self.config)
+        return load(
+            self.path,
+            profile=self.profile,
+            dtype=self.dtype,
+            config=self.config if is_mtj(self.path) else None,
+            allow_pickle=self.allow_pickle,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,7 @@ class Distance:
     @property
     def relative_difference(self) -> float:
         """The largest difference over the largest |logit|."""
-        return self.max_difference / self.largest_logit
+        return self.max_difference / (self.largest_logit or 1.0)
 
 
 def compare(one: Side, other: Side, text: str | None = None, length: int = 256) -> Distance:
@@ -77,6 +86,11 @@ def compare(one: Side, other: Side, text: str | None = None, length: int = 256) 
         UsageError: the models have no vocabulary in common, or the text is too short.
         BadInputError: a checkpoint cannot be read.
     """
+    sides = (one, other)
+    if any(side.config for side in sides) and not any(is_mtj(side.path) for side in sides):
+        raise UsageError(
+            f"--config {one.config}: only the original's checkpoints need one: leave it"
+        )
     first = one.load()
     tokens = _tokens(first, text, length)
     logits = first.logits(tokens)[0]

@@ -208,6 +208,7 @@ def train_step(
 
 def eval_step(params: Params, batch: StepBatch, config: StepConfig) -> EvalSums:
     """Returns the summed negative log-likelihood of the batch's targets, and their number."""
+    params = cast_floating(params, config.weight_dtype)
     return EvalSums(*batch_loss(params, batch, dataclasses.replace(config, z_loss=0.0)))
 
 

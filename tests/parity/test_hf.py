@@ -95,6 +95,7 @@ def write_folder(folder: Path, source: Source, dtype: str | None = None, **chang
         groups=source.groups,
         tokenizer=source.tokenizer,
         step=source.step,
+        counts=source.counts,
         sidecar=source.sidecar,
         **changes,
     )
@@ -236,6 +237,7 @@ class WithBias(Source):
         self._source, self._bias = source, bias
         self.__dict__ |= {k: v for k, v in vars(source).items() if not k.startswith("_")}
         self.kind, self.groups, self.step, self.sidecar = "mtj", ("params", "mu", "nu"), 3, None
+        self.counts, self.shards = {}, None
         self.model = dataclasses.replace(source.model, embedding_bias=True)
 
     @property

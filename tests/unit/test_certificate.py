@@ -23,7 +23,7 @@ from meshlm.conversion.certificate import (
     row_blocks,
 )
 from meshlm.conversion.tensors import Part, TensorInfo
-from meshlm.core.errors import BadInputError, MeshLMError
+from meshlm.core.errors import MeshLMError
 from meshlm.model.config import PRESETS
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -55,7 +55,7 @@ def test_a_hash_is_that_of_the_bytes_in_c_order(array):
         patch.setattr(certificate, "_BLOCK_BYTES", 40)
         assert hash_tensor(array) == hash_tensor(transposed) == wanted
     rounded = hashlib.sha256(array.astype(BFLOAT16).tobytes()).hexdigest()
-    if not np.isfinite(array).all() or np.isfinite(array.astype(BFLOAT16)).all():
+    if (np.isinf(array.astype(BFLOAT16)) == np.isinf(array)).all():
         assert hash_tensor(array, BFLOAT16, "x") == rounded
 
 
@@ -148,13 +148,6 @@ def test_rounding_may_move_the_source_but_not_the_destination():
     assert distances["source and destination (the rounding)"].relative > 1e-3
     with pytest.raises(MeshLMError, match="destination and MeshLM differ"):
         measure((logits(), logits(1e-2)), logits(0), is_lossy=True)
-
-
-def test_a_source_without_finite_logits_is_refused():
-    bad = logits()
-    bad[2, 3] = np.inf
-    with pytest.raises(BadInputError, match="not finite"):
-        measure((bad, bad), bad, is_lossy=True)
 
 
 def test_logits_of_zero_agree_with_themselves():

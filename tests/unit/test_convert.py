@@ -285,10 +285,12 @@ def test_force_replaces_weights_and_nothing_else(native, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/letter.txt").write_text("mine")
+    (tmp_path / "project" / "checkpoints").mkdir(parents=True)
     (tmp_path / "link").symlink_to(native)
     for name, message in (
         ("file", "is no folder"),
-        ("folder", "has no weights in it"),
+        ("folder", "was not written by meshlm convert"),
+        ("project", "was not written by meshlm convert"),
         ("link", "is no folder"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -298,6 +300,8 @@ def test_force_replaces_weights_and_nothing_else(native, tmp_path):
             convert(source, path, to="hf", force=True)
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty", to="hf", force=True)
+    convert(source, tmp_path / "empty", to="mtj", shards=1, force=True)
+    assert open_source(tmp_path / "empty").kind == "mtj"
 
 
 def test_the_disk_is_looked_at_first(native, tmp_path, monkeypatch):

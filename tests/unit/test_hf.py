@@ -431,6 +431,7 @@ def make_target(folder: Path, source: HfSource, model: ModelConfig, **changes) -
         groups=["params"],
         tokenizer=None,
         step=None,
+        counts={},
         sidecar=None,
         **changes,
     )

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 import original
+from meshlm.conversion import archive
 from meshlm.conversion.mtj import is_mtj, open_mtj
 from meshlm.conversion.mtj_target import MtjTarget, make_shares
 from meshlm.conversion.sidecar import Sidecar
@@ -82,6 +85,7 @@ def write_back(source: Source, folder: Path, shards: int, **changes) -> MtjTarge
         "groups": source.groups,
         "tokenizer": None,
         "step": source.step,
+        "counts": source.counts,
         "sidecar": source.sidecar,
         "shards": shards,
     }
@@ -202,7 +206,7 @@ def test_new_shards_are_as_the_original_leaves_them(tmp_path):
     assert (arrays["params.final_norm_offset"][1:] == 0).all()
     counts = {name: arrays[name].tolist() for name in ("step", "adam_count", "schedule_count")}
     assert counts == {"step": [7] * 4, "adam_count": [8] * 4, "schedule_count": [4] * 4}
-    write_back(source, tmp_path / "later", 1, step=9)
+    write_back(source, tmp_path / "later", 1, step=9, counts={})
     later = open_mtj(tmp_path / "later").sidecar
     assert later is not None
     assert [later.arrays[name].tolist() for name in counts] == [[9], [9], [9]]
@@ -248,6 +252,7 @@ def test_another_dtype_drops_the_sidecar(tmp_path):
         groups=("params",),
         tokenizer=None,
         step=None,
+        counts=source.counts,
         sidecar=source.sidecar,
         shards=2,
     )
@@ -273,6 +278,7 @@ def test_a_model_without_an_embedding_bias_gets_one_of_zeros(tmp_path):
         groups=("params",),
         tokenizer=None,
         step=3,
+        counts={},
         sidecar=None,
         shards=2,
     )
@@ -285,6 +291,56 @@ def test_a_model_without_an_embedding_bias_gets_one_of_zeros(tmp_path):
     assert bias.tolist() == [0] * model.d_model
 
 
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"step": np.zeros((2, 3), np.int32)},
+        {"step": np.array([np.nan, 1], np.float32)},
+        {"step": np.zeros(2, bool)},
+        {"params.final_norm_scale": np.zeros((2, 3), np.int32)},
+        {"params.final_norm_scale": np.zeros(2, np.float32)},
+    ],
+    ids=["dims", "fraction", "bool", "integers", "vector"],
+)
+def test_what_no_sidecar_has_is_refused(arrays):
+    data = Sidecar(shards=2, arrays=arrays).to_bytes()
+    with pytest.raises(BadInputError, match=r"^x: "):
+        Sidecar.from_bytes(data, "x")
+
+
+@pytest.mark.parametrize("count", [-5, 1 << 40])
+def test_a_step_that_no_run_reaches_is_refused(tmp_path, count):
+    model = small()
+    trees = make_trees(model, 1, np.float32)
+    trees[0]["step"] = np.array(count, np.int64)
+    with pytest.raises(BadInputError, match=f"step is {count}"):
+        open_mtj(original.write(tmp_path, trees), model)
+
+
+def test_a_config_of_very_many_layers_costs_nothing(tmp_path):
+    model = small()
+    path = original.write(tmp_path, make_trees(model, 1, np.float32))
+    tracemalloc.start()
+    with pytest.raises(BadInputError, match="with 2000000000 layers"):
+        open_mtj(path, dataclasses.replace(model, num_layers=2_000_000_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
+
+
+def test_deflated_arrays_may_not_grow_without_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "FREE_BYTES", 0)
+    model = small()
+    trees = jax.tree.map(np.zeros_like, make_trees(model, 1, np.float32))
+    path = original.write(tmp_path, trees)
+    for file in path.rglob("*.npz"):
+        with np.load(file) as stored:
+            np.savez_compressed(file, *stored.values())
+    monkeypatch.setattr(archive, "MAX_GROWTH", 1)
+    with pytest.raises(BadInputError, match="would grow to"):
+        open_mtj(path, model)
+
+
 def test_the_sidecar_survives_its_file(tmp_path):
     model = small()
     source = open_mtj(original.write(tmp_path, make_trees(model, 2, BFLOAT16)), model)
@@ -295,7 +351,7 @@ def test_the_sidecar_survives_its_file(tmp_path):
     with pytest.raises(BadInputError, match="x"):
         Sidecar.from_bytes(source.sidecar.to_bytes()[:-1], "x")
     damaged = dataclasses.replace(source.sidecar, shards=3).to_bytes()
-    with pytest.raises(BadInputError, match=r"x: .* should be of '3' shards"):
+    with pytest.raises(BadInputError, match=r"x: .* nothing that '3' shards have"):
         Sidecar.from_bytes(damaged, "x")
 
 
@@ -349,6 +405,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, change, shards, why):
             groups=("params",),
             tokenizer=None,
             step=1,
+            counts={},
             sidecar=None,
             shards=shards,
         )

@@ -107,6 +107,7 @@ def test_parts_in_the_order_of_the_file(tmp_path):
         groups=source.groups,
         tokenizer=None,
         step=source.step,
+        counts=source.counts,
         sidecar=source.sidecar,
         shards=4,
     )

@@ -30,6 +30,11 @@ def test_weights_and_products(profile, dtype, stored, weights, products):
     assert found.compute.rotary_table == ("float32" if profile == "hf" else "float64")
 
 
+def test_another_type_is_refused():
+    with pytest.raises(UsageError, match="--dtype int8: choose one of float32, bfloat16"):
+        numerics("fast", "int8", "float32")
+
+
 def test_another_name_is_refused():
     with pytest.raises(UsageError, match="--profile exact: choose one of fast, hf, mtj-2021"):
         numerics("exact", None, "float32")

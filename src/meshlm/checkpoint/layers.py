@@ -77,6 +77,11 @@ class LayerReader:
             found = ArrayInfo(shape=tuple(stored.shape), dtype=stored.dtype.name)
             if found != info:
                 raise ValueError(f"it is {found}, and {info} in {MANIFEST_NAME}")
+            chunk: Any = stored.chunk_layout.read_chunk.shape
+            if info.shape and any(
+                part > whole for part, whole in zip(chunk, info.shape, strict=True)
+            ):
+                raise ValueError(f"its chunks are {list(chunk)}, larger than itself")
             self._opened[name] = stored
         return self._opened[name]
 

@@ -36,6 +36,8 @@ class Config:
     """Of the others'; as the first's unless given."""
     config: str | None = None
     """The original's JSON config or a preset, where none lies beside its weights."""
+    allow_pickle: bool = False
+    """Read a pytorch_model.bin, as weights alone, by torch in a process of its own."""
     text_file: Path | None = None
     """A text for them to read; one that comes with MeshLM unless given."""
     length: int = 256
@@ -48,7 +50,13 @@ def run(config: Config) -> None:
     """Prints the distance."""
     if config.length < 1:
         raise UsageError(f"--length {config.length}: give 1 or more")
-    one = Side(path=config.path, profile=config.profile, dtype=config.dtype, config=config.config)
+    one = Side(
+        path=config.path,
+        profile=config.profile,
+        dtype=config.dtype,
+        config=config.config,
+        allow_pickle=config.allow_pickle,
+    )
     other = dataclasses.replace(
         one,
         path=config.other or config.path,

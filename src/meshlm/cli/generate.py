@@ -85,6 +85,8 @@ def run(config: Config) -> None:
         allow_pickle=config.allow_pickle,
         sample_extra_tokens=config.extra_tokens,
     )
+    if model.tokenizer is None:
+        raise UsageError(f"{config.path} has no tokenizer: give --tokenizer gpt2 or a file")
     streams = config.n == 1 and not config.json and config.logprobs is None
     if streams:
         _write(prompt)

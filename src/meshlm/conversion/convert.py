@@ -16,6 +16,7 @@ from meshlm.conversion import certificate as certificates
 from meshlm.conversion.certificate import CERTIFICATE_FILE, Certificate, RawTensor
 from meshlm.conversion.destination import Destination
 from meshlm.conversion.hf_target import HfTarget
+from meshlm.conversion.mtj import open_mtj
 from meshlm.conversion.mtj_target import MtjTarget
 from meshlm.conversion.native_target import NativeTarget
 from meshlm.conversion.opening import open_source
@@ -31,9 +32,10 @@ from meshlm.conversion.tensors import (
     Source,
     Target,
     TensorInfo,
+    row_blocks,
     stacked_name,
 )
-from meshlm.core.errors import MeshLMError
+from meshlm.core.errors import BadInputError, MeshLMError
 
 OnProgress = Callable[[str, int, int], None]
 """Hears (stage, bytes done, bytes in all)."""
@@ -74,7 +76,8 @@ def convert(
     with Destination(destination, source.path, plan.num_bytes, force=force) as folder:
         target = _make_target(source, plan, folder, shards)
         conversion.write(target)
-        written = open_source(folder)
+        # Not what lies above the folder: another config there is none of this one's.
+        written = open_mtj(folder, target.model) if to == "mtj" else open_source(folder)
         result = conversion.check(written, [*plan.notes, *target.notes])
         content = result.to_json()
         if to == "meshlm":
@@ -120,7 +123,9 @@ class _Plan:
     @property
     def num_bytes(self) -> int:
         """What the destination takes on disk, nearly."""
-        return sum(_num_bytes(info) for info in self.infos.values()) * len(self.groups)
+        weights = sum(info.num_bytes for info in self.infos.values())
+        moments = 4 * sum(math.prod(info.shape) for info in self.infos.values())
+        return weights + (0 if self.to == "hf" else (len(self.groups) - 1) * moments)
 
 
 class _Conversion:
@@ -138,10 +143,8 @@ class _Conversion:
 
     def write(self, target: Target) -> None:
         """Writes all parts, and notes the hashes of what was read and of what was given."""
-        order: Sequence[Group] = getattr(target, "group_order", self._groups)
-        groups: list[Group] = [group for group in order if group in self._groups]
-        self._begin("writing", len(groups))
-        for group in groups:
+        self._begin("writing", len(target.group_order))
+        for group in target.group_order:
             for part in self._source.parts(group, target.order):
                 infos = self._infos(group, part)
                 given = _GivenPart(self._as_given(part, infos), infos)
@@ -158,6 +161,8 @@ class _Conversion:
         for part in self._source.parts():
             reference.feed(part)
             self._advance(part)
+        if not np.isfinite(reference.logits).all():
+            raise BadInputError(_not_finite(self._source))
         again = ReferenceForward(written.model, written.kind, self._tokens)
         own = StreamedForward(written.model, self._tokens)
         raw, found = self._read_back(written, again, own)
@@ -181,10 +186,6 @@ class _Conversion:
             seconds=round(time.monotonic() - self._started_s, 1),
             notes=list(notes),
         )
-
-    @property
-    def _groups(self) -> tuple[Group, ...]:
-        return ("params",) if self._plan.to == "hf" else self._plan.groups
 
     def _infos(self, group: Group, part: Part) -> Mapping[str, TensorInfo]:
         return self._plan.infos if group == "params" else part.tensors
@@ -235,14 +236,14 @@ class _Conversion:
         return reasons
 
     def _begin(self, stage: str, num_groups: int) -> None:
-        total = sum(_num_bytes(info) for info in self._source.infos.values()) * num_groups
+        total = sum(info.num_bytes for info in self._source.infos.values()) * num_groups
         self._stage = (stage, 0, total)
         self._progress(*self._stage)
 
     def _advance(self, part: Part) -> None:
         stage, done, total = self._stage
         # The destination may be wider than the source, by which the work is reckoned.
-        done = min(total, done + sum(_num_bytes(info) for info in part.tensors.values()))
+        done = min(total, done + sum(info.num_bytes for info in part.tensors.values()))
         self._stage = (stage, done, total)
         self._progress(*self._stage)
 
@@ -264,6 +265,16 @@ class _GivenPart(Part):
         return self._part.read_raw(name)
 
 
+def _not_finite(source: Source) -> str:
+    """Returns what is wrong with weights whose logits are not finite."""
+    for part in source.parts():
+        for name in part.tensors:
+            array = part.read(name)
+            if not all(np.isfinite(array[rows]).all() for rows in row_blocks(array.shape)):
+                return f"{source.path}: {name} has numbers that are not finite: fetch it again"
+    return f"{source.path}: its logits are not finite, so they cannot be certified"
+
+
 def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Target:
     common: dict[str, Any] = {
         "model": source.model,
@@ -271,12 +282,13 @@ def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Targ
         "groups": plan.groups,
         "tokenizer": source.tokenizer,
         "step": source.step,
+        "counts": source.counts,
         "sidecar": source.sidecar,
     }
     if plan.to == "mtj":
         return MtjTarget(folder, shards=shards, **common)
     if plan.to == "hf":
-        return HfTarget(folder, **common)
+        return HfTarget(folder, token_ids=source.token_ids, **common)
     casts = any(plan.infos[name] != info for name, info in source.infos.items())
     if casts and source.sidecar is not None:
         common["sidecar"] = None
@@ -289,7 +301,3 @@ def _part_of(name: str) -> PartKey:
     if layer is not None:
         return layer
     return "embedding" if name.startswith("embedding") else "head"
-
-
-def _num_bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize

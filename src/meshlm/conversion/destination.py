@@ -8,9 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from meshlm.checkpoint.folder import remove_tree, sync_folder
-from meshlm.conversion.hf import is_hf
-from meshlm.conversion.mtj import is_mtj
-from meshlm.conversion.native import is_native
+from meshlm.conversion.certificate import CERTIFICATE_FILE
 from meshlm.core.errors import UsageError
 
 _MARGIN = 1.05
@@ -28,9 +26,10 @@ class Destination:
         """
         self._path = path.absolute()
         self._parent = self._path.parent
+        if self._parent.is_dir():
+            self._clean_stale()
         _check_name(self._path, source, force)
         self._parent.mkdir(parents=True, exist_ok=True)
-        self._clean_stale()
         _check_disk(self._parent, num_bytes)
         self._partial = self._parent / f"{self._prefix}{secrets.token_hex(4)}"
         self._replaced = self._partial.with_name(self._partial.name.replace("partial", "replaced"))
@@ -75,14 +74,22 @@ class Destination:
             remove_tree(self._replaced)
 
     def _clean_stale(self) -> None:
-        """Removes what killed conversions to this name left: nobody holds it any more."""
-        for path in self._parent.iterdir():
-            if not path.name.startswith(self._prefix) or path.is_symlink() or not path.is_dir():
+        """Removes what killed conversions to this name left: nobody holds it any more.
+
+        Weights that were to be replaced, and were not, get their name back.
+        """
+        for path in list(self._parent.iterdir()):
+            left = path.name.startswith((self._prefix, self._prefix.replace("partial", "replaced")))
+            if not left or path.is_symlink() or not path.is_dir():
                 continue
             lock = _lock(path)
-            if lock is not None:
+            if lock is None:
+                continue
+            if path.name.startswith(self._prefix) or self._path.exists():
                 remove_tree(path)
-                os.close(lock)
+            else:
+                path.rename(self._path)
+            os.close(lock)
 
 
 def _check_name(path: Path, source: Path, force: bool) -> None:
@@ -96,8 +103,11 @@ def _check_name(path: Path, source: Path, force: bool) -> None:
         raise UsageError(f"{path} is no folder: --force replaces weights only; choose another name")
     if source.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"{path} has the source in it: choose another name")
-    if any(path.iterdir()) and not (is_native(path) or is_hf(path) or is_mtj(path)):
-        raise UsageError(f"{path} has no weights in it: --force replaces weights only; delete it")
+    if any(path.iterdir()) and not (path / CERTIFICATE_FILE).is_file():
+        raise UsageError(
+            f"{path} was not written by meshlm convert, and --force replaces nothing else: choose "
+            "another name, or delete it yourself"
+        )
 
 
 def _check_disk(folder: Path, num_bytes: int) -> None:
@@ -114,7 +124,10 @@ def _lock(folder: Path) -> int | None:
 
     A process id would not do: in a container the next process often has that of the killed one.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

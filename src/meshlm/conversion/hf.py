@@ -37,8 +37,7 @@ class HfSource(Source):
 
     kind = "hf"
     groups: tuple[Group, ...] = ("params",)
-    step = None
-    sidecar = None
+    step = shards = sidecar = None
 
     def __init__(
         self,
@@ -46,6 +45,7 @@ class HfSource(Source):
         model: ModelConfig,
         tokenizer: Tokenizer | None,
         files: Mapping[Path, Tensors],
+        token_ids: Mapping[str, int],
     ) -> None:
         """Args: files: the tensors of each file, by the name that messages give it.
 
@@ -53,6 +53,8 @@ class HfSource(Source):
             BadInputError: a tensor is unknown, missing, there twice, or of another shape or dtype.
         """
         self.path, self.model, self.tokenizer = path, model, tokenizer
+        self.token_ids = token_ids
+        self.counts: Mapping[str, int] = {}
         self._homes = _find_homes(path, model, files)
         shapes = {n: s for key in part_keys(model) for n, s in native_shapes(model, key).items()}
         self._infos = {
@@ -146,7 +148,7 @@ def open_hf(
         )
     if listed is not None:
         _check_index(path / found, listed, files)
-    return HfSource(path, config.model, tokenizer, files)
+    return HfSource(path, config.model, tokenizer, files, config.token_ids)
 
 
 def _weight_names() -> Iterator[str]:

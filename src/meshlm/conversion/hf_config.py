@@ -110,6 +110,8 @@ class HfConfig:
     tokenizer_class: str | None
     end_of_text_ids: frozenset[int]
     """Empty where the file names none."""
+    token_ids: Mapping[str, int]
+    """`bos_token_id` and `eos_token_id`, as far as the file has them."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,6 +176,11 @@ def read_config(path: Path) -> HfConfig:
         model=model,
         tokenizer_class=tokenizer_class if isinstance(tokenizer_class, str) else None,
         end_of_text_ids=frozenset(i for i in ids if type(i) is int),
+        token_ids={
+            name: config[name]
+            for name in ("bos_token_id", "eos_token_id")
+            if type(config.get(name)) is int
+        },
     )
 
 

@@ -1,6 +1,7 @@
 """A Hugging Face folder being written, which transformers loads as it is."""
 
 import math
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +47,13 @@ class HfTarget(Target):
         groups: Sequence[Group],
         tokenizer: Tokenizer | None,
         step: int | None,
+        counts: Mapping[str, int],
         sidecar: Sidecar | None,
+        token_ids: Mapping[str, int] = types.MappingProxyType({}),
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """Args: infos: a tensor is cast to the dtype that it has here, once.
+        """Args: infos: a tensor is cast to the dtype that it has here, once. token_ids: those of
+        config.json for the beginning and the end of a text; else the tokenizer's end is both.
 
         The format has no place for the embedding bias, which is added to the embedding; nor for
         the optimizer's state, the step and the sidecar, which are left out.
@@ -59,8 +63,12 @@ class HfTarget(Target):
         """
         self._folder, self._tokenizer = folder, tokenizer
         self._end = end_of_text_id(tokenizer, model)
+        self._token_ids = {
+            name: token_ids.get(name, self._end) for name in ("bos_token_id", "eos_token_id")
+        }
         make_config(model, "float32", self._end)  # raises before anything is written
         self.notes = []
+        self.group_order: Sequence[Group] = ("params",)
         self.model = replace(model, embedding_bias=False)
         dtypes = {name: info.dtype for name, info in infos.items()}
         matrices = _matrices(dtypes)
@@ -104,9 +112,9 @@ class HfTarget(Target):
             write_json(self._folder / (WEIGHTS_FILE + INDEX_SUFFIX), index)
         # transformers loads in this dtype unless told otherwise: it must hold every number.
         dtype = self._common if self._common_is_exact else _FLOAT32
-        write_json(self._folder / CONFIG_FILE, make_config(self.model, dtype.name, self._end))
-        generation = {"bos_token_id": self._end, "eos_token_id": self._end}
-        write_json(self._folder / "generation_config.json", generation)
+        config = make_config(self.model, dtype.name, self._end) | self._token_ids
+        write_json(self._folder / CONFIG_FILE, config)
+        write_json(self._folder / "generation_config.json", self._token_ids)
         if self._tokenizer is not None:
             self.notes += write_tokenizer(self._folder, self._tokenizer, self.model)
 

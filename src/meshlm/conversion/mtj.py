@@ -82,7 +82,7 @@ def _make_source(
         if model.num_heads % store.shards or model.vocab_size % store.shards:
             raise UsageError(
                 f"{model.num_heads} heads and {model.vocab_size} rows of vocabulary cannot be in "
-                f"{store.shards} shards"
+                f"{store.shards} shards: is one missing?"
             )
         layout = mtj_layout.find_layout(model.num_layers, len(store.headers[0]), str(path))
         check_headers(store, layout, model)
@@ -115,7 +115,14 @@ class MtjSource(Source):
         full = len(layout.groups) > 1
         self.groups = ("params", *mtj_layout.MOMENTS) if full else ("params",)
         counts = {name: store.counter(number) for name, number in layout.counters.items()}
-        self.step = int(counts[STEP][0])
+        numbers = {name: _count(values, f"{path}: {name}") for name, values in counts.items()}
+        self.step = numbers[STEP]
+        self.counts = {
+            short: numbers[name]
+            for name, short in mtj_layout.OPTIMIZER_COUNTS.items()
+            if name in numbers
+        }
+        self.shards = store.shards
         self.sidecar = self._read_sidecar(counts)
         self._infos = {
             name: info
@@ -195,6 +202,14 @@ class _MtjPart(Part):
         stored = self._store.headers[0][slot.number].dtype
         is_sum = slot.leaf.how == "sum" and slot.group == "params" and self._store.shards > 1
         return np.dtype(np.float32) if is_sum else stored
+
+
+def _count(values: np.ndarray, what: str) -> int:
+    """Returns a count, of which every shard has a copy."""
+    count = int(values[0])
+    if not 0 <= count <= np.iinfo(np.int32).max:
+        raise BadInputError(f"{what} is {count}: no run counts that far; fetch it again")
+    return count
 
 
 def summed(shares: np.ndarray) -> np.ndarray:

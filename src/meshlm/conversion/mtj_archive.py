@@ -6,7 +6,7 @@ parts need is ever in memory, and nothing is written to disk.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -187,6 +187,11 @@ class ArchiveStore(Store):
         """Lets go of all matrices."""
         self._held = {}
 
+    def drop(self, slots: Iterable[Slot]) -> None:
+        """Lets go of some matrices."""
+        for slot in slots:
+            self._held.pop(slot, None)
+
     def _matrices(self, part: Mapping[Slot, tuple[int, ...]]) -> dict[Slot, tuple[int, ...]]:
         return {
             slot: shape
@@ -244,4 +249,5 @@ class _Held(Reader):
         return mtj_layout.shard_of(slot.leaf, held, shard, self._store.shards)
 
     def release(self) -> None:
+        self._store.drop(self._matrices)
         self._matrices = {}

@@ -70,8 +70,7 @@ def choose_step(present: Collection[int], meta: bytes | None, where: str) -> int
         if len(present) == 1:
             return next(iter(present))
         raise BadInputError(
-            f"{where} has no {META_NAME} to say which step is meant; there: {there}. Give a step's "
-            "folder"
+            f"{where}: no {META_NAME} says which step is meant; there: {there}. Give one step alone"
         )
     listed = _listed_steps(meta)
     if not listed:

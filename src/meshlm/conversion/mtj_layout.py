@@ -21,6 +21,8 @@ from meshlm.model.config import ModelConfig
 
 FILES_PER_SHARD = 16
 STEP, ADAM_COUNT, SCHEDULE_COUNT = "step", "adam_count", "schedule_count"
+OPTIMIZER_COUNTS = {ADAM_COUNT: "adam", SCHEDULE_COUNT: "schedule"}
+"""The name of each in `Source.counts`."""
 MOMENTS: tuple[Group, ...] = ("mu", "nu")
 
 How = Literal["rows", "columns", "sum", "first"]
@@ -147,11 +149,13 @@ def find_layout(num_layers: int, num_leaves: int, where: str) -> Layout:
     Raises:
         BadInputError: neither kind of checkpoint has.
     """
-    layouts = [make_layout(num_layers, full) for full in (False, True)]
-    for layout in layouts:
-        if layout.num_leaves == num_leaves:
-            return layout
-    slim, full = (layout.num_leaves for layout in layouts)
+    # Counted before anything is made: the config may name any number of layers.
+    params = 10 * num_layers + 6
+    slim, full = params + 1, 3 * params + 3
+    if num_leaves in (slim, full):
+        layout = make_layout(num_layers, num_leaves == full)
+        assert layout.num_leaves == num_leaves
+        return layout
     raise BadInputError(
         f"{where} has {num_leaves} arrays; with {num_layers} layers, as the config says, a slim "
         f"checkpoint has {slim} a shard and a full one {full}: give the fitting --config"

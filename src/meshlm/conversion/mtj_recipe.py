@@ -141,10 +141,10 @@ _BY_KEY = {
 _ALWAYS = (
     "first step: the original compiles with a step that it does not log; every step of MeshLM's is "
     "logged.",
-    "failed saves: the original tries three times, whatever the reason; MeshLM stops with the "
-    "reason, and the last whole checkpoint stays.",
-    "noise scale: train.py estimates it from the gradients of a part and of a whole batch; MeshLM "
-    "does not measure it.",
+    "failed saves: the original tries three times, whatever the reason; MeshLM says the reason, "
+    "trains on and saves again when the next one is due, and the last whole checkpoint stays.",
+    "noise scale: both estimate it from the gradients of the parts and of the whole batch; it is "
+    "grad_noise_scale in metrics.jsonl.",
     "data order: a batch follows from --seed and the step, and is the same after a restart; the "
     "original goes through its files in their order.",
     "seed: initial weights are drawn from the same distribution by another generator, and do not "

@@ -1,13 +1,14 @@
 """The arrays of all shards of one of the original's checkpoints, unpacked: checked, and joined."""
 
 import abc
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion import mtj_layout
+from meshlm.conversion import archive, mtj_layout
 from meshlm.conversion.mtj_layout import Layout, Slot
 from meshlm.conversion.npy import NpyHeader, copy
 from meshlm.conversion.npz import NpzFile
@@ -81,6 +82,7 @@ class FolderStore(Store):
             check_split([len(of_file) for of_file in of_files.values()], str(folder))
             self._places.append([(p, i) for p, of in of_files.items() for i in range(len(of))])
         self.headers = headers
+        _refuse_bomb(step_folder, [path for path, _ in itertools.chain(*self._places)], headers)
         self.names = [[f"{path} arr_{i}" for path, i in places] for places in self._places]
 
     def counter(self, number: int) -> np.ndarray:
@@ -112,6 +114,19 @@ class FolderStore(Store):
         while len(self._open_files) > _MOST_OPEN:
             self._open_files.popitem(last=False)
         return file
+
+
+def _refuse_bomb(
+    step_folder: Path, paths: Sequence[Path], headers: Sequence[Sequence[NpyHeader]]
+) -> None:
+    """Deflated arrays may be small in their files and have any size in memory."""
+    there = sum(path.stat().st_size for path in set(paths))
+    promised = sum(header.data_bytes for of_shard in headers for header in of_shard)
+    if promised > archive.FREE_BYTES + archive.MAX_GROWTH * there:
+        raise BadInputError(
+            f"{step_folder}: files of {there:,} bytes would grow to {promised:,}, more than "
+            f"{archive.MAX_GROWTH} times as many, which weights do not: refused"
+        )
 
 
 def count_shards(names: Sequence[str], where: str) -> int:

@@ -35,6 +35,7 @@ class MtjTarget(Target):
         groups: Sequence[Group],
         tokenizer: Tokenizer | None,
         step: int | None,
+        counts: Mapping[str, int],
         sidecar: Sidecar | None,
         shards: int,
     ) -> None:
@@ -55,7 +56,10 @@ class MtjTarget(Target):
         self._folder, self._shards, self._step = folder, shards, step or 0
         matrices = {info.dtype for info in infos.values() if len(info.shape) > 1}
         self._dtype = matrices.pop() if len(matrices) == 1 else _FLOAT32
-        self._counts = {} if sidecar is None else sidecar.arrays
+        self._counts = {STEP: self._step} | {
+            name: counts.get(short, self._step)
+            for name, short in mtj_layout.OPTIMIZER_COUNTS.items()
+        }
         self._sidecar = self._usable(sidecar)
         self._changed: list[str] = []
         self._slots = iter(self._layout.slots)
@@ -140,13 +144,12 @@ class MtjTarget(Target):
                 self._writer.add(self._counters(name))
 
     def _counters(self, name: str) -> Sequence[np.ndarray]:
-        """Returns a count for every shard: what it was at this step, or else the step."""
-        kept, steps = self._counts.get(name), self._counts.get(STEP)
-        if kept is None or steps is None or int(steps[0]) != self._step:
-            return [np.array(self._step, np.int32)] * self._shards
-        if len(kept) != self._shards:
-            return [kept[0]] * self._shards
-        return list(kept)
+        """Returns a count for every shard: the shards' own where they still say the same."""
+        count = self._counts[name]
+        kept = None if self._sidecar is None else self._sidecar.arrays.get(name)
+        if kept is not None and int(kept[0]) == count:
+            return list(kept)
+        return [np.array(count, np.int32)] * self._shards
 
 
 def make_shares(total: np.ndarray, shards: int, dtype: np.dtype) -> Sequence[np.ndarray]:

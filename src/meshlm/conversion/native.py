@@ -12,6 +12,7 @@ from meshlm import checkpoint
 from meshlm.checkpoint import ArrayInfo, LayerReader
 from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME
+from meshlm.conversion.mtj_layout import SCHEDULE_COUNT
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
 from meshlm.conversion.tensors import (
     DTYPES,
@@ -41,6 +42,7 @@ PREFIXES: dict[Group, str] = {
     "mu": "optimizer.adam.mu.",
     "nu": "optimizer.adam.nu.",
 }
+ADAM_COUNT = "optimizer.adam.count"
 _MOMENTS: tuple[Group, ...] = ("mu", "nu")
 _KIND_FOLDERS = (CHECKPOINTS_FOLDER, "arrays")
 
@@ -143,11 +145,30 @@ class NativeSource(Source):
         converted = read_config(files, str(path)).get("source")
         has_step = not isinstance(converted, dict) or converted.get("step", 0) is not None
         self.step = reader.manifest.step if has_step else None
+        self.shards = self._find_shards(files)
         self._reader = reader
         stored = reader.manifest.arrays
         has_moments = all(any(n.startswith(PREFIXES[g]) for n in stored) for g in _MOMENTS)
         self.groups: tuple[Group, ...] = ("params", *_MOMENTS) if has_moments else ("params",)
         self._infos = {group: _check(path, stored, self.model, group) for group in self.groups}
+        self.counts = {}
+        if ADAM_COUNT in stored:
+            self.counts = {"adam": int(reader.read(ADAM_COUNT)), "schedule": self._schedule()}
+
+    def _schedule(self) -> int:
+        """Returns the step of the learning rate: here the step itself, in the original a count."""
+        kept = {} if self.sidecar is None else self.sidecar.arrays
+        return int(kept[SCHEDULE_COUNT][0]) if SCHEDULE_COUNT in kept else self.step or 0
+
+    def _find_shards(self, files: Mapping[str, bytes]) -> int | None:
+        """Returns the shards of the original that the weights came from, or whose recipe the run
+        followed."""
+        if self.sidecar is not None:
+            return self.sidecar.shards
+        run = read_config(files, str(self.path)).get("run")
+        optimizer = run.get("optimizer") if isinstance(run, dict) else None
+        shares = optimizer.get("bias_shares", 1) if isinstance(optimizer, dict) else 1
+        return shares if isinstance(shares, int) and shares > 1 else None
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from meshlm.checkpoint import ArrayInfo, LayerWriter
-from meshlm.conversion.mtj_layout import ADAM_COUNT as SIDECAR_ADAM_COUNT
-from meshlm.conversion.native import CONFIG_FILE, PREFIXES, TOKENIZER_FILE
+from meshlm.conversion.native import ADAM_COUNT, CONFIG_FILE, PREFIXES, TOKENIZER_FILE
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
 from meshlm.conversion.tensors import (
     Group,
@@ -26,7 +25,6 @@ from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
 
-ADAM_COUNT = "optimizer.adam.count"
 # What a TrainState has beside parameters and moments.
 _COUNTERS = ("step", ADAM_COUNT, "skipped", "skipped_in_a_row")
 
@@ -45,6 +43,7 @@ class NativeTarget(Target):
         groups: Sequence[Group],
         tokenizer: Tokenizer | None,
         step: int | None,
+        counts: Mapping[str, int],
         sidecar: Sidecar | None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
@@ -53,19 +52,23 @@ class NativeTarget(Target):
         """
         self.model, self.notes = model, []
         self._tokenizer, self._step, self._sidecar = tokenizer, step, sidecar
+        self.group_order = groups
         self._facts = {**(facts or {}), "step": step}
         found: dict[str, set[np.dtype]] = {}
         for name, info in infos.items():
             found.setdefault(stacked_name(name)[0], set()).add(info.dtype)
         trains = len(groups) > 1
-        self._dtypes = {name: self._choose(name, dtypes, trains) for name, dtypes in found.items()}
+        self._dtypes = {name: self._choose(name, dtypes) for name, dtypes in found.items()}
         shapes = {name: weight.shape for name, weight in to_named(describe(model)).items()}
         arrays = {
             PREFIXES[group] + name: ArrayInfo(shape=shape, dtype=self._dtype(group, name).name)
             for group in groups
             for name, shape in shapes.items()
         }
-        self._counters = self._make_counters() if trains else {}
+        self._counters: dict[str, int] = {}
+        if trains:
+            adam = counts.get("adam", step or 0)
+            self._counters = dict.fromkeys(_COUNTERS, 0) | {"step": step or 0, ADAM_COUNT: adam}
         arrays |= {name: ArrayInfo(shape=(), dtype="int32") for name in self._counters}
         self._writer = LayerWriter(folder, arrays)
 
@@ -93,20 +96,9 @@ class NativeTarget(Target):
     def _dtype(self, group: Group, name: str) -> np.dtype:
         return self._dtypes[name] if group == "params" else np.dtype(np.float32)
 
-    def _choose(self, name: str, found: set[np.dtype], trains: bool) -> np.dtype:
-        """Returns the dtype of an array: that of its layers, unless training needs float32."""
-        float32 = np.dtype(np.float32)
+    def _choose(self, name: str, found: set[np.dtype]) -> np.dtype:
+        """Returns the dtype of an array: that of its layers."""
         if len(found) > 1:
             self.notes.append(f"{name}: its layers differ in type; stored as float32")
-            return float32
-        (dtype,) = found
-        if trains and dtype != float32:
-            self.notes.append(f"{name}: {dtype.name}; stored as float32, as training needs it")
-            return float32
-        return dtype
-
-    def _make_counters(self) -> dict[str, int]:
-        step = self._step or 0
-        counts = {} if self._sidecar is None else self._sidecar.arrays
-        adam = int(counts[SIDECAR_ADAM_COUNT][0]) if SIDECAR_ADAM_COUNT in counts else step
-        return dict.fromkeys(_COUNTERS, 0) | {"step": step, ADAM_COUNT: adam}
+            return np.dtype(np.float32)
+        return next(iter(found))

@@ -53,9 +53,12 @@ class Sidecar:
         shards = metadata.get("shards", "")
         count = int(shards) if re.fullmatch(r"[1-9]\d{0,5}", shards) else 0
         for name, array in arrays.items():
-            if array.ndim not in (1, 2) or array.shape[0] != count:
+            is_tensor = "." in name
+            kinds = "fV" if is_tensor else "iu"
+            fits = array.dtype.kind in kinds and array.ndim == (2 if is_tensor else 1)
+            if not count or not fits or array.shape[0] != count:
                 raise BadInputError(
-                    f"{where}: {name} is {list(array.shape)} and should be of {shards!r} shards: "
-                    "convert again"
+                    f"{where}: {name} is {array.dtype.name} {list(array.shape)}, which is nothing "
+                    f"that {shards!r} shards have: convert again"
                 )
         return cls(shards=count, arrays=arrays)

@@ -11,9 +11,11 @@ the caller drops before it reads the next one.
 
 import abc
 import dataclasses
+import math
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +32,8 @@ Group = Literal["params", "mu", "nu"]
 """The weights, and Adam's two moments of each of them."""
 PartKey = int | Literal["embedding", "head"]
 
+_BLOCK_NUMBERS = 4 << 20
+
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -43,6 +47,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory and in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Part(abc.ABC):
@@ -72,8 +81,16 @@ class Source(abc.ABC):
     tokenizer: Tokenizer | None
     groups: tuple[Group, ...]
     """("params",), or all three where the optimizer's state is there."""
+    token_ids: Mapping[str, int] = types.MappingProxyType({})
+    """`bos_token_id` and `eos_token_id`, where the format's own configuration names them."""
     step: int | None
     """Steps of training behind the weights, where the format says so."""
+    counts: Mapping[str, int]
+    """What the optimizer has counted, where its state is there: `adam`, the updates of the moments,
+    and `schedule`, the step of the learning rate. Neither need be `step`."""
+    shards: int | None
+    """Shares in which the summed biases were trained: the original's shards. None where nothing
+    says so."""
     sidecar: Sidecar | None
     """What the native tree has no place for, of weights that came from the original's format."""
 
@@ -98,6 +115,8 @@ class Target(abc.ABC):
     kind: Kind
     model: ModelConfig
     """The shape as it reads back: without an embedding bias where the format has none."""
+    group_order: Sequence[Group]
+    """The groups that are written, in the order in which `write` must be given them."""
     notes: list[str]
     """Lines for a person: what was folded, dropped or widened."""
 
@@ -178,11 +197,23 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
+    result = np.empty(array.shape, dtype)
     narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max
-    if narrower and np.isinf(result).any() and not np.isinf(array).any():
-        raise BadInputError(
-            f"{name} has numbers too large for {dtype.name}: choose another --dtype"
-        )
+    for rows in row_blocks(array.shape):
+        with np.errstate(over="ignore"):
+            result[rows] = array[rows]
+        if narrower and (np.isinf(result[rows]) & ~np.isinf(array[rows])).any():
+            raise BadInputError(
+                f"{name} has numbers too large for {dtype.name}: choose another --dtype"
+            )
     return result
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Yields what selects some rows of an array after the others: a few million numbers each."""
+    if not shape:
+        yield ...
+        return
+    rows = max(1, _BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield slice(start, start + rows)

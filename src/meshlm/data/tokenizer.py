@@ -77,8 +77,11 @@ class Tokenizer:
         table |= {token: text.encode() for text, token in specials.items()}
         self._token_bytes = [table[token] for token in range(len(table))]
         self.vocab_size = len(table)
-        extra = {token for text, token in specials.items() if _EXTRA_TOKEN.fullmatch(text)}
-        self.text_vocab_size = max(token for token in table if token not in extra) + 1
+        extra = [token for text, token in specials.items() if _EXTRA_TOKEN.fullmatch(text)]
+        after = sum(token >= min(extra) for token in specials.values()) if extra else 0
+        # What comes after extra tokens is no text either, if it is all special.
+        is_last = bool(extra) and after == len(table) - min(extra)
+        self.text_vocab_size = min(extra) if is_last else len(table)
         self.end_of_text_id = self._specials[END_OF_TEXT]
         self.fingerprint = hashlib.sha256(self._json).hexdigest()
         is_gpt2 = self.fingerprint == GPT2_FINGERPRINT
@@ -105,6 +108,18 @@ class Tokenizer:
             special = self._specials.get(part)
             tokens.extend(self.encode_array(part).tolist() if special is None else [special])
         return tokens
+
+    def with_extra_tokens(self, rows: int) -> "Tokenizer":
+        """This tokenizer with `<|extratoken_1|>` and on for ids from its size up to `rows`."""
+        if rows <= self.vocab_size:
+            return self
+        whole = json.loads(self._json)
+        first = self.text_vocab_size
+        whole["added_tokens"] += [
+            {"id": token, "content": f"<|extratoken_{token - first + 1}|>"}
+            for token in range(self.vocab_size, rows)
+        ]
+        return from_json(json.dumps(whole).encode())
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of `text`, uint32 [n]; specials in it are text. Raises as `encode`."""

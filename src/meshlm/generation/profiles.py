@@ -38,8 +38,10 @@ def numerics(profile: Profile, dtype: Dtype | None, stored: str) -> Numerics:
             float32 for float16, which bfloat16 cannot hold.
 
     Raises:
-        UsageError: there is no such profile.
+        UsageError: there is no such profile or type.
     """
+    if dtype not in (None, *get_args(Dtype)):
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(get_args(Dtype))}")
     own: Dtype = dtype or ("bfloat16" if stored == "bfloat16" else "float32")
     if profile == "fast":
         return Numerics(weights=dtype, compute=Compute(dtype=own))

@@ -39,6 +39,8 @@ class TrainConfig:
     """A checkpoint with its optimizer's state, MeshLM's or the original's: go on from it."""
     init_config: str | None = None
     """The original's JSON config or a preset, where none lies beside the weights to begin with."""
+    allow_pickle: bool = False
+    """Begin with a pytorch_model.bin, read as weights alone by torch in a process of its own."""
     recipe: Recipe | None = None
     """mtj-2021: train exactly as the original did, its summed biases and bfloat16 included."""
     recipe_shards: int | None = None
@@ -253,6 +255,10 @@ def new_run(
     given = _given(config, _DEFAULTS | _RECIPES.get(config.recipe or "", {}))
     model = _model(config, given, model, tokenizer_size)
     given["preset"] = name_of(model)
+    if origin is not None and origin.goes_on and given["steps"] <= (origin.step or 0):
+        raise UsageError(
+            f"--steps {given['steps']}: {origin.path} is at step {origin.step:,} already: give more"
+        )
     seq_len = config.seq_len or model.context_length
     if seq_len > model.context_length:
         raise UsageError(

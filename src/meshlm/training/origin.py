@@ -26,16 +26,18 @@ def open_origin(config: TrainConfig) -> Source | None:
     path = config.init or config.resume_from
     if path is None:
         return None
-    source = open_source(path, config=config.init_config)
+    source = open_source(path, config=config.init_config, allow_pickle=config.allow_pickle)
     if config.resume_from is not None:
         if set(source.groups) != {"params", "mu", "nu"} or source.step is None:
             raise UsageError(
                 f"--resume-from {path} has weights alone, and no optimizer's state: "
                 "give --init to begin with them"
             )
-        if config.steps is not None and config.steps <= source.step:
+        schedule = source.counts["schedule"]
+        if schedule != source.step:
             raise UsageError(
-                f"--steps {config.steps}: {path} is at step {source.step:,} already: give more"
+                f"--resume-from {path}: its learning rate is at step {schedule:,} and its weights "
+                f"at {source.step:,}, as a fine-tuned checkpoint's are: give --init"
             )
     return source
 
@@ -49,7 +51,7 @@ def describe_origin(config: TrainConfig, source: Source) -> Origin:
         format=source.kind,
         step=source.step,
         goes_on=config.resume_from is not None,
-        shards=None if source.sidecar is None else source.sidecar.shards,
+        shards=source.shards,
     )
 
 
@@ -84,7 +86,7 @@ def first_state(
     origin = record.origin
     if origin is None:
         return jax.jit(lambda: init_state(step_config, record.seed))()
-    source = open_source(origin.path, config=config.init_config)
+    source = open_source(origin.path, config=config.init_config, allow_pickle=config.allow_pickle)
     begin = jax.jit(lambda params: begin_state(step_config, params), donate_argnums=0)
     state = begin(load_stacked(source, "params", abstract.params))
     whole = f"{origin.path} ({origin.format})"
@@ -94,13 +96,13 @@ def first_state(
         say(f"weights of {whole}; the optimizer begins anew")
         return state
     say(f"going on from step {origin.step:,} of {whole}, with its optimizer's state")
-    step = np.asarray(origin.step, np.int32)
+    step, count = (np.asarray(n, np.int32) for n in (origin.step, source.counts["adam"]))
     optimizer = state.optimizer.copy()
     adam = optimizer["adam"]
     for group in ("mu", "nu"):
         moments = load_stacked(source, group, abstract.params)
         adam = adam._replace(**{group: moments})
-    optimizer["adam"] = adam._replace(count=jax.device_put(step, adam.count.sharding))
+    optimizer["adam"] = adam._replace(count=jax.device_put(count, adam.count.sharding))
     return dataclasses.replace(
         state, step=jax.device_put(step, state.step.sharding), optimizer=optimizer
     )

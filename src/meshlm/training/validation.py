@@ -87,6 +87,7 @@ def sample_texts(
         record.model,
         Compute(dtype=record.compute_dtype),
         allowed_vocab=tokenizer.vocab_size,
+        sampled_vocab=tokenizer.text_vocab_size,
     )
     generator = Generator(
         model, end_of_text_id=tokenizer.end_of_text_id, token_bytes=tokenizer.token_bytes
