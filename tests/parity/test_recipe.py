@@ -32,8 +32,8 @@ def replay():
     return module
 
 
-def deviations(replay, **changes) -> tuple[np.ndarray, np.ndarray]:
-    """Of loss and norm, step by step, without the original's casts."""
+def deviations(replay, kind: str = "f32", **changes) -> tuple[np.ndarray, np.ndarray]:
+    """Of loss and norm, step by step, without the original's casts or with them."""
     recording = replay.Recording.read(FOLDER)
     model = replay.open_source(FOLDER / "full" / "step_0").model
     config = StepConfig(
@@ -42,6 +42,7 @@ def deviations(replay, **changes) -> tuple[np.ndarray, np.ndarray]:
         compute=Compute(dtype="float32"),
         accumulate=recording.accumulate,
         z_loss=1e-4,
+        weight_dtype="bfloat16" if kind == "mtj" else "float32",
     )
     step = jax.jit(lambda state, batch: train_step(state, batch, config))
     state = replay.load_state(recording, 0, config)
@@ -52,8 +53,8 @@ def deviations(replay, **changes) -> tuple[np.ndarray, np.ndarray]:
     losses, norms = np.array(found, np.float64).T
     golden = recording.golden
     return (
-        np.abs(losses / golden["train_loss_f32"][:STEPS] - 1),
-        np.abs(norms / golden["grad_norm_f32"][:STEPS] - 1),
+        np.abs(losses / golden[f"train_loss_{kind}"][:STEPS] - 1),
+        np.abs(norms / golden[f"grad_norm_{kind}"][:STEPS] - 1),
     )
 
 
@@ -61,6 +62,15 @@ def test_the_recorded_curve(replay):
     loss, norm = deviations(replay)
     assert loss.max() <= 1e-4
     assert norm.max() <= 1e-4
+
+
+def test_the_recorded_curve_in_bfloat16(replay):
+    """As the original trained; all its steps are in `test_originals.py`."""
+    loss, norm = deviations(replay, "mtj")
+    assert loss.max() <= 5e-4
+    assert norm.max() <= 3e-2
+    # Before an update has been rounded the losses are the same.
+    assert loss[0] <= 1e-6
 
 
 def test_biases_that_are_one_parameter_give_another_run(replay):
