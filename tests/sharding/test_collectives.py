@@ -125,13 +125,20 @@ def test_logits_are_never_gathered_over_the_vocabulary(sizes):
             assert not (is_logits and (rows in shape or T in shape or rows * T in shape)), c
 
 
+def lower_embed(mesh):
+    compute = Compute(dtype="float32")
+    return jax.jit(lambda params, tokens: embed(params, tokens, compute)).lower(
+        abstract_params(CONFIG, mesh), abstract_batch(mesh).tokens
+    )
+
+
 @pytest.mark.parametrize(
     ("sizes", "most"), [((1, 1, 8), 1), ((8, 1, 1), 0), ((1, 1, 1), 0)], ids=str
 )
 def test_a_lookup_costs_at_most_one_collective(sizes, most):
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
-        program = jax.jit(embed).lower(abstract_params(CONFIG, mesh), abstract_batch(mesh).tokens)
+        program = lower_embed(mesh)
         found = everywhere(program.compile().as_text())
     assert len(found) <= most
     for c in found:
@@ -141,7 +148,7 @@ def test_a_lookup_costs_at_most_one_collective(sizes, most):
 def test_a_lookup_of_a_sharded_table_gathers_it_once_over_data():
     mesh = mesh_of(1, 2, 4)
     with jax.set_mesh(mesh):
-        program = jax.jit(embed).lower(abstract_params(CONFIG, mesh), abstract_batch(mesh).tokens)
+        program = lower_embed(mesh)
         found = everywhere(program.compile().as_text())
     sizes = sorted(size for c in found for size in c.sizes())
     assert sizes == sorted([V * D // 4, B * T * D // 2])
