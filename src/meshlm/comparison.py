@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from meshlm.api import Model, load
+from meshlm.conversion.certificate import spread_tokens
 from meshlm.conversion.mtj import is_mtj
 from meshlm.core.errors import UsageError
 from meshlm.generation.profiles import Dtype, Profile
@@ -27,8 +28,6 @@ Q: What is the capital of France?
 A: Paris. (Пари́ж, パリ, باريس)
 The sum of 17.25 and 3.5 is 20.75; a third of that is 6.91666...
 '''
-# Token ids for a model without a tokenizer: a rule that anyone can repeat.
-_MULTIPLIER, _INCREMENT, _MODULUS = 1_103_515_245, 12_345, 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,17 +133,8 @@ def _tokens(model: Model, text: str | None, length: int) -> np.ndarray:
     if model.tokenizer is None:
         if text is not None:
             raise UsageError("the model has no tokenizer to read a text with: leave it out")
-        return fixed_tokens(model.config.vocab_size, length)
+        return np.array([spread_tokens(model.config.vocab_size, length)], np.int32)
     ids = model.tokenizer.encode(SAMPLE_TEXT if text is None else text)[:length]
     if not ids:
         raise UsageError("the text to compare on is empty: give at least one token")
-    return np.array([ids], np.int32)
-
-
-def fixed_tokens(vocab_size: int, length: int) -> np.ndarray:
-    """Returns ids [1, length] that follow a fixed rule, spread over the vocabulary."""
-    state, ids = 1, []
-    for _ in range(length):
-        state = (state * _MULTIPLIER + _INCREMENT) % _MODULUS
-        ids.append((state >> 8) % vocab_size)
     return np.array([ids], np.int32)

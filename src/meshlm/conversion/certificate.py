@@ -106,10 +106,14 @@ class Certificate:
 
 def probe_tokens(model: ModelConfig) -> list[int]:
     """Returns the fixed tokens on which both sides are computed."""
-    length = min(_MAX_TOKENS, model.context_length)
-    # Knuth's multiplicative hash: spread over all rows, so over all shards, and the same for ever.
+    return spread_tokens(model.vocab_size, min(_MAX_TOKENS, model.context_length))
+
+
+def spread_tokens(vocab_size: int, length: int) -> list[int]:
+    """Returns ids by a fixed rule that anyone can repeat, spread over the whole vocabulary."""
+    # Knuth's multiplicative hash: over all rows, so over all shards, and the same for ever.
     hashes = [(place + 1) * 2_654_435_761 % 2**32 for place in range(length)]
-    return [(number * model.vocab_size) >> 32 for number in hashes]
+    return [(number * vocab_size) >> 32 for number in hashes]
 
 
 def versions() -> dict[str, str]:
