@@ -1,7 +1,7 @@
 """What is asked of the engine, and what it answers. Knows neither JAX nor HTTP.
 
-A `Request` is one sample that somebody waits for. Its answers are events, in this order: at most one
-`PromptScores`, any number of `Piece`s, and exactly one `Finished` or `Failed`.
+A `Request` is one sample that somebody waits for. Its answers are events, in this order: at most
+one `PromptScores`, any number of `Piece`s, and exactly one `Finished` or `Failed`.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Failed:
 
 Event = PromptScores | Piece | Finished | Failed
 OnEvent = Callable[[int, Event], None]
-"""Called with the index of the request in its submission; on the engine's thread: only hand over."""
+"""Called with a request's index in its submission, on the engine's thread: it only hands over."""
 
 
 class BusyError(MeshLMError):
