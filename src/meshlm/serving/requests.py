@@ -111,4 +111,4 @@ class NotReadyError(MeshLMError):
 
     def __init__(self, state: State, message: str) -> None:
         super().__init__(message)
-        self.state = state
+        self.state: State = state
