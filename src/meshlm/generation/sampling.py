@@ -5,6 +5,8 @@ The order, which is that of transformers' processors:
 1. padded ids    ids from `allowed_vocab` on are never chosen.
 2. repetition    logits of tokens in the prompt and in the output so far are divided by the penalty
                  where positive and multiplied by it where negative.
+   presence      is subtracted from the logits of tokens in the output so far, `frequency` once for
+                 each time that they are there, and then biases are added (the server's; OpenAI's).
 3. temperature   logits are divided by it; 0 means greedy: the first most probable token.
 4. top_k         tokens whose logit is below the k-th largest go; ties with the k-th stay.
 5. top_p         the most probable tokens stay until their mass reaches p, the one that crosses p
@@ -54,12 +56,26 @@ class RowOptions:
     """1: none."""
 
 
+@pytree
+class Adjustments:
+    """What else is added to each row's logits."""
+
+    presence: Float[Array, "B"]
+    frequency: Float[Array, "B"]
+    counts: Int[Array, "B V"]
+    """How often the output so far has each token."""
+    bias: Float[Array, "B V"]
+    has_bias: Bool[Array, "B"]
+    """Whether the row's bias is other than 0."""
+
+
 def process_logits(
     logits_BV: Float[Array, "B V"],
     seen_BV: Bool[Array, "B V"],
     options: RowOptions,
     allowed_vocab: int,
     filters_first: bool = False,
+    adjustments: Adjustments | None = None,
 ) -> Float[Array, "B V"]:
     """Returns the logits after steps 1 to 6, -inf where a token cannot be chosen.
 
@@ -75,6 +91,8 @@ def process_logits(
     ids = jax.lax.broadcasted_iota(jnp.int32, (1, logits_BV.shape[1]), 1)
     logits_BV = jnp.where(ids < allowed_vocab, logits_BV, -jnp.inf)
     logits_BV = penalise(logits_BV, seen_BV, options.repetition_penalty)
+    if adjustments is not None:
+        logits_BV = adjust(logits_BV, adjustments)
     if filters_first:
         return _filter_first(logits_BV, options)
     logits_BV = divide_by_temperature(logits_BV, options.temperature)
@@ -124,6 +142,21 @@ def penalise(
     penalty_B1 = penalty_B[:, None]
     smaller_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     return jnp.where(seen_BV, smaller_BV, logits_BV)
+
+
+def adjust(logits_BV: Float[Array, "B V"], extra: Adjustments) -> Float[Array, "B V"]:
+    """Returns the logits less the penalties for tokens of the output, plus the biases.
+
+    Source: OpenAI's API reference, `frequency_penalty`, `presence_penalty` and `logit_bias`.
+    """
+
+    def changed() -> jax.Array:
+        penalty_BV = extra.counts * extra.frequency[:, None]
+        penalty_BV += jnp.where(extra.counts > 0, extra.presence[:, None], 0.0)
+        return logits_BV - penalty_BV + extra.bias
+
+    used_B = (extra.presence != 0) | (extra.frequency != 0) | extra.has_bias
+    return jax.lax.cond(jnp.any(used_B), changed, lambda: logits_BV)
 
 
 def divide_by_temperature(
