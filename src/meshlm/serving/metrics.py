@@ -25,6 +25,7 @@ REJECTED = (
     "forbidden_host",
     "too_large",
     "slow",
+    "connections",
     "queue_full",
     "loading",
     "draining",

@@ -1,0 +1,51 @@
+"""The folder in which XLA keeps what it compiled, so that the next start is fast.
+
+What lies in it is run as it is: whoever can write there can run code as the server.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from meshlm.core.errors import UsageError
+
+_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def prepare_compile_cache(given: str | None) -> Path | None:
+    """Returns the folder, made with access for its owner alone; None: keep nothing.
+
+    Args:
+        given: the folder; "" for none; None for what JAX_COMPILATION_CACHE_DIR says, or else
+            `meshlm/compiled` in the user's own cache folder.
+
+    Raises:
+        UsageError: the folder is given and cannot be used, or others can write into it.
+    """
+    if given is None:
+        given = os.environ.get(_VARIABLE)
+    if given == "":
+        return None
+    folder = _default() if given is None else Path(given)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        if given is None:
+            # A user without a home that can be written: it works without, only slower.
+            return None
+        raise UsageError(f"--compile-cache {folder}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--compile-cache {folder}: no folder that can be written")
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(
+            f"--compile-cache {folder}: others can write there, and what is there is run; "
+            "chmod 700 it, or give another"
+        )
+    return folder
+
+
+def _default() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) if base and os.path.isabs(base) else Path.home() / ".cache"
+    return folder / "meshlm" / "compiled"

@@ -1,0 +1,225 @@
+"""What every request passes before the routes and every answer after them. Pure ASGI."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable, Collection
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from meshlm.serving.config import Limits
+from meshlm.serving.errors import error_body, error_headers
+from meshlm.serving.guards import Cors, HostGuard, KeyGuard, Keys, is_open
+from meshlm.serving.logs import LineLog, describe
+from meshlm.serving.metrics import Metrics
+from meshlm.serving.refusals import LINGER_S, answer, refuse
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+}
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+_MOST_PATH = 256
+_NO_ANSWER = 499
+
+
+def protect(
+    app: ASGIApp,
+    limits: Limits,
+    metrics: Metrics,
+    *,
+    keys: Keys,
+    hosts: Collection[str] | None,
+    origins: Collection[str] = (),
+    draining: Callable[[], bool] = lambda: False,
+    log: LineLog | None = None,
+) -> ASGIApp:
+    """Returns `app` behind all of it.
+
+    Args:
+        app: the routes.
+        limits: of bodies and their time.
+        metrics: where refusals are counted.
+        keys: any of them is asked for on every route but the open ones; none: nobody is asked.
+        hosts: names, beside loopback ones, that the Host header may have; None: any.
+        origins: of pages that may ask; * for all.
+        draining: whether the server is about to end.
+        log: takes a line a request.
+    """
+    app = BodyLimit(app, limits, metrics)
+    app = DrainGate(app, draining, metrics)
+    app = KeyGuard(app, keys, metrics)
+    app = Cors(app, origins)
+    app = HostGuard(app, hosts, origins, metrics)
+    return RequestLog(app, metrics, log)
+
+
+class RequestLog:
+    """Names each request, writes a line of it, and adds the headers that every answer has.
+
+    The line has no query, no headers and no body: prompts and keys are in none of the rest.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: LineLog | None) -> None:
+        """Goes around `app`; without a log it writes nothing."""
+        self.app, self.metrics, self.log = app, metrics, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request. Whatever is raised before an answer began becomes a 500."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        watched = _Watched(send, _request_id(scope))
+        scope.setdefault("state", {})["request_id"] = watched.request_id
+        try:
+            await self.app(scope, receive, watched.send)
+        except Exception as error:
+            if watched.status:
+                # Too late to say so. The connection is cut, and uvicorn's log has the error.
+                raise
+            self._write("failed", id=watched.request_id, **describe(error))
+            message = "The server failed; its log has the cause under this request's id."
+            await refuse(watched.send, 500, message)
+        finally:
+            self._ended(scope, watched)
+
+    def _ended(self, scope: Scope, watched: "_Watched") -> None:
+        status = watched.status or _NO_ANSWER
+        self.metrics.responded(status)
+        client = scope.get("client")
+        self._write(
+            "request",
+            id=watched.request_id,
+            client=client[0] if client else None,
+            method=scope["method"][:16],
+            path=scope["path"][:_MOST_PATH],
+            status=status,
+            ms=round((time.monotonic() - watched.started_s) * 1000, 1),
+            bytes_out=watched.bytes_out,
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self.log is not None:
+            self.log.write(event, **fields)
+
+
+class _Watched:
+    """The way back of one request."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.status = 0
+        self.bytes_out = 0
+        self.started_s = time.monotonic()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            headers.setdefault("cache-control", "no-store")
+        elif message["type"] == "http.response.body":
+            self.bytes_out += len(message.get("body", b""))
+        await self._send(message)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+class DrainGate:
+    """Answers 503 once the server is about to end; health and the page's files still come."""
+
+    def __init__(self, app: ASGIApp, draining: Callable[[], bool], metrics: Metrics) -> None:
+        """Guards `app` while `draining()`."""
+        self.app, self.draining, self.metrics = app, draining, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if not self.draining() or is_open(scope) or scope["path"] == "/metrics":
+            await self.app(scope, receive, send)
+            return
+        self.metrics.rejected("draining")
+        message = "The server is stopping and takes no more requests: try again soon."
+        await refuse(send, 503, message, code="draining", headers={"connection": "close"})
+
+
+class BodyLimit:
+    """Reads the body before the routes do: not more than the limit, not longer than its time."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
+        """Guards `app`."""
+        self.app, self.limits, self.metrics = app, limits, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request. What Content-Length says may be a lie: the bytes are counted."""
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if length == "0" and "transfer-encoding" not in headers:
+            await self.app(scope, receive, send)
+            return
+        if not length.isdecimal() or int(length[:20]) > self.limits.max_body_bytes:
+            await self._refuse_large(send)
+            return
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    if len(body) > self.limits.max_body_bytes or not message.get("more_body"):
+                        break
+        except TimeoutError:
+            self.metrics.rejected("slow")
+            seconds = f"{self.limits.body_timeout_s:g}"
+            await _refuse_early(send, 408, f"The request's body took over {seconds} s to arrive.")
+            return
+        if len(body) > self.limits.max_body_bytes:
+            await self._refuse_large(send)
+            return
+        await self.app(scope, _replayed(bytes(body), receive), send)
+
+    async def _refuse_large(self, send: Send) -> None:
+        self.metrics.rejected("too_large")
+        limit = f"{self.limits.max_body_bytes:,}"
+        await _refuse_early(send, 413, f"The request's body is over {limit} bytes: send less.")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives the whole body once, then what comes after it: that the client went away."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _refuse_early(send: Send, status: int, message: str) -> None:
+    """Answers while the client still sends, and closes; see LINGER_S."""
+    headers = {**error_headers(status), "connection": "close"}
+    start, body = answer(status, error_body(status, message), headers)
+    await send(start)
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await asyncio.sleep(LINGER_S)
+    await send({"type": "http.response.body", "body": b""})
