@@ -17,6 +17,7 @@ from meshlm.serving.refusals import refuse
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 STATIC = "/static/"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9, _-]{0,1000}")
 
 
@@ -146,7 +147,7 @@ class Cors:
         """
         self.app, self.origins = app, origins
         for origin in origins:
-            if origin != "*" and origin != f"{urlsplit(origin).scheme}://{_netloc(origin)}":
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise UsageError(f"--cors-origin {origin}: give scheme and host, or *")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from meshlm.serving.engine import Stats
+from meshlm.serving.stats import Stats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
