@@ -1,0 +1,241 @@
+"""The requests of the API: every field that is honoured, strictly typed, every bound stated.
+
+A field that is not here is refused by name, so that nothing is ignored in silence. Only `user` and
+`metadata` are taken and not used.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, WithJsonSchema
+
+from meshlm.serving.config import Limits
+from meshlm.serving.errors import ApiError, bad_field
+
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        _TEXTS | {"minItems": 1},
+        _IDS | {"minItems": 1},
+        {"type": "array", "items": _IDS, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+_STOP = {"anyOf": [{"type": "string"}, _TEXTS, {"type": "null"}]}
+
+# Looked at by prompts.py, whose messages say more than those of a union of types.
+PromptField = Annotated[Any, WithJsonSchema(_PROMPT)]
+StopField = Annotated[Any, WithJsonSchema(_STOP)]
+
+
+class Strict(BaseModel):
+    """A model that neither converts a value nor lets an unknown field pass."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """How a stream is given."""
+
+    include_usage: bool | None = None
+
+
+class SamplingFields(Strict):
+    """What completions and chat have in common. null stands for a field that is left out."""
+
+    model: str | None = None
+    frequency_penalty: float | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    metadata: dict[str, Any] | None = None
+    min_p: float | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    return_token_ids: bool | None = None
+    seed: int | None = None
+    stop: StopField = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    truncate_prompt_tokens: int | None = None
+    user: str | None = None
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`."""
+
+    prompt: PromptField = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: None = None
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    """One message. Empty fields of an answer that a client sends back are taken."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], FailFast()]
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: None = None
+
+
+class ChatRequest(SamplingFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], FailFast()]
+    logprobs: bool | None = None
+    max_completion_tokens: int | None = None
+    top_logprobs: int | None = None
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`: one of `prompt` and `text`."""
+
+    prompt: str | None = None
+    text: str | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    tokens: Annotated[list[int], FailFast()]
+    model: str | None = None
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Strict)
+
+
+def read_fields(kind: type[AnyRequest], data: Mapping[str, Any]) -> AnyRequest:
+    """Returns the request that `data` describes.
+
+    Raises:
+        ApiError: 400 that names the first field that is unknown, missing or of another type.
+    """
+    for name in data:
+        if name not in kind.model_fields:
+            raise _unsupported(name)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def check_sampling(request: SamplingFields, limits: Limits) -> None:
+    """Raises the 400 that names the field where a value is out of its bounds."""
+    check_range("n", request.n, 1, limits.max_n)
+    check_range("temperature", request.temperature, 0, 2)
+    check_range("min_p", request.min_p, 0, 1)
+    check_range("repetition_penalty", request.repetition_penalty, 0.01, 100)
+    check_range("presence_penalty", request.presence_penalty, -2, 2)
+    check_range("frequency_penalty", request.frequency_penalty, -2, 2)
+    check_range("seed", request.seed, 0, 2**32 - 1)
+    check_range("max_tokens", request.max_tokens, 0, None)
+    check_range("top_k", request.top_k, -1, None)
+    check_range("truncate_prompt_tokens", request.truncate_prompt_tokens, 1, None)
+    if request.top_p is not None and not 0 < request.top_p <= 1:
+        raise bad_field("top_p", f"top_p is {request.top_p!r}: give a number above 0 and at most 1")
+    if request.stream_options is not None and not request.stream:
+        raise bad_field("stream_options", "stream_options is for stream: true only")
+
+
+def check_range(name: str, value: float | None, least: float, most: float | None) -> None:
+    """Raises the 400 that names field, value and limits where the value is outside of them."""
+    if value is None or (value >= least and (most is None or value <= most)):
+        return
+    bounds = f"{least} or more" if most is None else f"a number from {least} to {most}"
+    raise bad_field(name, f"{name} is {shorten(value)}: give {bounds}")
+
+
+def read_stop(value: Any, limits: Limits) -> tuple[str, ...]:
+    """Returns the stop texts; raises the 400 where they are none, or too many, or too long."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list):
+        raise bad_field("stop", f"stop is {shorten(value)}: give a text, or a list of texts")
+    if len(texts) > limits.max_stop:
+        raise bad_field("stop", f"stop has {len(texts)} texts: give at most {limits.max_stop}")
+    for place, text in enumerate(texts):
+        name = f"stop[{place}]" if texts is value else "stop"
+        if not isinstance(text, str) or not text:
+            raise bad_field(name, f"{name} is {shorten(text)}: give a text of some length")
+        if len(text) > limits.max_stop_chars:
+            raise bad_field(
+                name, f"{name} has {len(text)} characters: give at most {limits.max_stop_chars}"
+            )
+    return tuple(texts)
+
+
+def read_logit_bias(
+    value: Mapping[str, float] | None, vocab_size: int, limits: Limits
+) -> dict[int, float]:
+    """Returns the bias of each id; raises the 400 where a key is no id or a value out of bounds."""
+    if not value:
+        return {}
+    if len(value) > limits.max_logit_bias:
+        message = f"logit_bias has {len(value)} entries: give at most {limits.max_logit_bias}"
+        raise bad_field("logit_bias", message)
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        name = f"logit_bias[{shorten(key)}]"
+        is_id = key.isascii() and key.isdecimal() and len(key) <= 9 and int(key) < vocab_size
+        if not is_id or int(key) in biases:
+            raise bad_field(
+                "logit_bias",
+                f"{name}: its key is no token id of 0 to {vocab_size - 1}, written once",
+            )
+        check_range(name, bias, -100, 100)
+        biases[int(key)] = bias
+    return biases
+
+
+def shorten(value: Any) -> str:
+    """Returns a value as a message shows it: never long, and in one line."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    return _SHORT.repr(value)
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """Returns the 400 for the first of the errors."""
+    errors = error.errors(include_url=False, include_context=False)
+    # Of a union's errors the one that looked furthest into the value says most.
+    field = errors[0]["loc"][0]
+    first = max((e for e in errors if e["loc"][0] == field), key=lambda e: len(e["loc"]))
+    loc = [at for at in first["loc"] if at not in ("str", _PARTS)]
+    name = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in loc)[1:]
+    if first["type"] == "missing":
+        return bad_field(name, f"{name} is missing")
+    if first["type"] in ("extra_forbidden", "none_required"):
+        return _unsupported(name)
+    wanted = first["msg"][:1].lower() + first["msg"][1:].split(" or instance")[0]
+    return bad_field(name[:200], f"{name[:200]} is {shorten(first['input'])}: {wanted}")
+
+
+def _unsupported(name: str) -> ApiError:
+    return bad_field(name[:200], f"{name[:200]} is not supported here: leave it out")
+
+
+# How pydantic names the second kind of a message's content.
+_PARTS = "list[TextPart]"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80

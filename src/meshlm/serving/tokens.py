@@ -1,0 +1,59 @@
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`: pure, from fields to an answer."""
+
+from typing import Any
+
+from meshlm.data.tokenizer import END_OF_TEXT
+from meshlm.serving.errors import bad_field
+from meshlm.serving.logprobs import token_name
+from meshlm.serving.prompts import Vocabulary, check_ids, encode_text
+from meshlm.serving.protocol import DetokenizeRequest, TokenizeRequest
+
+
+def tokenize(request: TokenizeRequest, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns the ids of a text.
+
+    A text that is nothing but end-of-text's name is that token: clients ask for its id this way.
+
+    Raises:
+        ApiError: 400 unless there is one of `prompt` and `text`.
+    """
+    given = [text for text in (request.prompt, request.text) if text is not None]
+    if len(given) != 1:
+        raise bad_field("prompt", "give the text as one of prompt and text")
+    text = given[0]
+    tokenizer = vocabulary.tokenizer
+    is_end = text == END_OF_TEXT
+    tokens = [tokenizer.end_of_text_id] if is_end else encode_text("prompt", text, tokenizer)
+    found: dict[str, Any] = {
+        "tokens": tokens,
+        "count": len(tokens),
+        "max_model_len": vocabulary.context_length,
+    }
+    if request.return_token_strs:
+        found["token_strs"] = [token_name(tokenizer, token) for token in tokens]
+    return found
+
+
+def detokenize(request: DetokenizeRequest, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns the text of ids; raises the 400 that names one that is no token."""
+    check_ids("tokens", request.tokens, vocabulary.size)
+    return {"prompt": vocabulary.tokenizer.decode(request.tokens)}
+
+
+def tokenizer_info(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns what clients that tokenize by this server want to know."""
+    tokenizer = vocabulary.tokenizer
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": vocabulary.context_length,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "eos_token_id": tokenizer.end_of_text_id,
+        "unk_token": None,
+        "pad_token": None,
+        "add_bos_token": False,
+        "chat_template": None,
+    }
