@@ -38,6 +38,7 @@ COMMANDS = (
     Command("data inspect", "inspect", "show what a token store holds"),
     Command("train", "train", "train a model, or go on where a run stopped"),
     Command("generate", "generate", "let a model continue a prompt"),
+    Command("serve", "serve", "serve a model: an OpenAI-compatible API and a web page"),
     Command("convert", "convert", "turn weights into another format, with a certificate"),
     Command("convert-config", "convert_config", "turn the original's configuration into ours"),
     Command("compare", "compare", "say how far two checkpoints or profiles are apart"),

@@ -9,7 +9,7 @@ import traceback
 from typing import IO, Any
 
 _CAPACITY = 10_000
-_UVICORN = "uvicorn.error"
+_LOGGERS = ("uvicorn.error", "meshlm")
 
 
 class LineLog:
@@ -58,8 +58,8 @@ class LineLog:
                 continue
 
 
-class UvicornLog(logging.Handler):
-    """Makes lines of what uvicorn warns of. An exception's message may quote a prompt: left out."""
+class LogLines(logging.Handler):
+    """Makes lines of warnings and errors. An exception's message may quote a prompt: left out."""
 
     def __init__(self, log: LineLog) -> None:
         """Writes to `log` from `install` on."""
@@ -67,11 +67,12 @@ class UvicornLog(logging.Handler):
         self._log = log
 
     def install(self) -> None:
-        """Takes uvicorn's logger over."""
-        logger = logging.getLogger(_UVICORN)
-        logger.handlers[:] = [self]
-        logger.propagate = False
-        logger.setLevel(logging.WARNING)
+        """Takes over what uvicorn and MeshLM log."""
+        for name in _LOGGERS:
+            logger = logging.getLogger(name)
+            logger.handlers[:] = [self]
+            logger.propagate = False
+            logger.setLevel(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line."""
