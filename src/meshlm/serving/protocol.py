@@ -212,7 +212,8 @@ def shorten(value: Any) -> str:
     """Returns a value as a message shows it: never long, and in one line."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _explain(error: ValidationError) -> ApiError:
