@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from meshlm.model.config import ModelConfig
 from tiny import CONFIG, draw_params
 
 TEXT = "the quick brown fox jumps over the lazy dog; the dog sleeps, and the fox runs on. " * 20
-MODEL = dataclasses.replace(CONFIG, vocab_size=384, context_length=512)
+MODEL = dataclasses.replace(CONFIG, vocab_size=384, context_length=128)
 
 
 def write_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Path:
@@ -48,13 +48,28 @@ class Server:
     """A running `meshlm serve`; use it in a `with`."""
 
     def __init__(
-        self, checkpoint: Path, *options: str, environment: Mapping[str, str] | None = None
+        self,
+        checkpoint: Path,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+        turn_s: float = 0.0,
+        turns: int = 0,
     ) -> None:
+        """Starts it.
+
+        Args:
+            environment: more variables.
+            turn_s: how much longer each turn of its engine takes.
+            turns: after that many its engine fails; 0: never.
+        """
         # Its output goes to files: a pipe that nobody reads would fill up.
         self._folder = tempfile.TemporaryDirectory()
         self._out = Path(self._folder.name) / "out"
         self._err = Path(self._folder.name) / "err"
         command = CommandLine.command("serve", checkpoint, "--port", "0", *options)
+        if turn_s or turns:
+            script = Path(__file__).with_name("faulty_meshlm.py")
+            command[:1] = [sys.executable, str(script), str(turn_s), str(turns)]
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
                 command,
@@ -148,8 +163,3 @@ class Server:
 def events(text: str) -> list[str]:
     """The data of a stream's events."""
     return [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-
-
-def open_files() -> int:
-    """Files that this process has open."""
-    return len(os.listdir("/proc/self/fd"))

@@ -35,6 +35,7 @@ class Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
+        self._is_over = False
         if hasattr(transport, "max_size"):
             cast(Any, transport).max_size = _READ_BYTES
         if len(self.connections) > self.limits.max_connections:
@@ -53,7 +54,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Takes bytes of a request. The first byte of its headers starts their time."""
         super().data_received(data)
-        if self.transport.is_closing():
+        if self._is_over or self.transport.is_closing():
             return
         if self.conn.their_state is h11.IDLE:
             self._start(self.limits.header_timeout_s)
@@ -120,6 +121,7 @@ class Connection(H11Protocol):
     def _linger(self) -> None:
         """Reads no more, and closes once the client had time to take the answer."""
         self._stop()
+        self._is_over = True
         self.flow.pause_reading()
         self._timer = self.loop.call_later(LINGER_S, self.transport.close)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from meshlm.core.errors import BusyError, MeshLMError, UsageError
@@ -80,11 +81,11 @@ def serve(load: Callable[[], Loaded], options: ServeOptions) -> int:
         BusyError: the port is taken.
         MeshLMError: the engine failed, or could not load.
     """
-    log = LineLog(sys.stderr)
-    LogLines(log).install()
     listener = bind(options.host, options.port)
-    server = _Server(load, options, listener, log)
+    log = LineLog(sys.stderr)
     try:
+        LogLines(log).install()
+        server = _Server(load, options, listener, log)
         code = asyncio.run(server.run())
     finally:
         listener.close()
@@ -128,10 +129,10 @@ def _refused(error: OSError, host: str, port: int) -> MeshLMError:
     return UsageError(f"--host {host}: {error.strerror}")
 
 
-def make_application(
-    engine: Engine, options: ServeOptions, metrics: Metrics, condition: "Condition", log: LineLog
-) -> ASGIApp:
-    """Returns the whole of what answers: the API, the server's own routes, the guards."""
+def make_app(
+    engine: Engine, options: ServeOptions, metrics: Metrics, condition: "Condition"
+) -> FastAPI:
+    """Returns all routes: the API's, and the server's own. Nothing guards them yet."""
     app = create_app(
         engine,
         options.limits,
@@ -142,17 +143,7 @@ def make_application(
         metrics=metrics,
     )
     app.router.routes[:0] = own_routes(condition, metrics, page_files())
-    return protect(
-        app,
-        options.limits,
-        metrics,
-        keys=options.keys,
-        # A server for this machine alone is asked for by this machine's names alone.
-        hosts=options.allowed_hosts if options.allowed_hosts or local_only(options.host) else None,
-        origins=options.cors_origins,
-        draining=lambda: condition.stopping,
-        log=log if options.access_log else None,
-    )
+    return app
 
 
 def local_only(host: str) -> bool:
@@ -204,7 +195,7 @@ class _Server:
         limits = options.limits
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                make_application(self.engine, options, metrics, self.condition, log),
+                self._guarded(make_app(self.engine, options, metrics, self.condition), metrics),
                 http=connection_class(limits, metrics),
                 ws="none",
                 lifespan="off",
@@ -217,6 +208,21 @@ class _Server:
             )
         )
         metrics.watch_connections(lambda: len(self._uvicorn.server_state.connections))
+
+    def _guarded(self, app: ASGIApp, metrics: Metrics) -> ASGIApp:
+        options = self.options
+        # A server for this machine alone is asked for by this machine's names alone.
+        bound = bool(options.allowed_hosts) or local_only(options.host)
+        return protect(
+            app,
+            options.limits,
+            metrics,
+            keys=options.keys,
+            hosts=options.allowed_hosts if bound else None,
+            origins=options.cors_origins,
+            draining=lambda: self.condition.stopping,
+            log=self._log if options.access_log else None,
+        )
 
     async def run(self) -> int:
         """Returns the exit code."""
