@@ -43,9 +43,12 @@ class Counts:
     skipped: int
     seconds: float
 
+    @property
+    def outcomes(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
     def __str__(self) -> str:
-        outcomes = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
-        return f"{outcomes} in {self.seconds:.0f}s"
+        return f"{self.outcomes} in {self.seconds:.0f}s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ def main(arguments: list[str]) -> int:
     for outcome in outcomes:
         print("  " + outcome.line)
     counts = [outcome.counts for outcome in outcomes if outcome.counts is not None]
-    print(f"== {add_up(counts)} ==")
+    print(f"total: {add_up(counts).outcomes}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
