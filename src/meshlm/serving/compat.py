@@ -33,11 +33,14 @@ def plan_complete(data: Mapping[str, Any], vocabulary: Vocabulary, limits: Limit
     Raises:
         ApiError: 400 that names the field.
     """
-    return _plan(_known(data, ("context", "top_p", "temp")), None, vocabulary, limits)
+    fields = _known(data, ("context", "top_p", "temp"))
+    return _plan(fields, None, COMPLETE_TOKENS, vocabulary, limits)
 
 
 def plan_demo(data: Mapping[str, Any], vocabulary: Vocabulary, limits: Limits) -> tuple[Plan, bool]:
     """Returns what `POST /completion` asks of the engine, and whether its answer has the prompt.
+
+    Without `response_length` it is 128 tokens, or as many as have room.
 
     Raises:
         ApiError: 400 that names the field.
@@ -46,13 +49,13 @@ def plan_demo(data: Mapping[str, Any], vocabulary: Vocabulary, limits: Limits) -
         {_plain(key): value for key, value in data.items()},
         ("context", "top_p", "temp", "response_length", "remove_input"),
     )
-    length = _number("response_length", fields.pop("response_length", DEMO_TOKENS))
-    if length != int(length):
-        raise bad_field("response_length", f"response_length is {length}: give a whole number")
+    length = fields.pop("response_length", None)
+    if length is not None:
+        length = _whole_number("response_length", length)
     has_prompt = not _flag("remove_input", fields.pop("remove_input", False))
     if not fields.get("context"):
         raise bad_field("context", "context is missing: give the text to go on from")
-    return _plan(fields, int(length), vocabulary, limits), has_prompt
+    return _plan(fields, length, DEMO_TOKENS, vocabulary, limits), has_prompt
 
 
 def answer_to(plan: Plan, vocabulary: Vocabulary) -> Answer:
@@ -74,7 +77,11 @@ def demo_error(error: ApiError) -> ApiError:
 
 
 def _plan(
-    fields: Mapping[str, Any], max_tokens: int | None, vocabulary: Vocabulary, limits: Limits
+    fields: Mapping[str, Any],
+    max_tokens: int | None,
+    default: int,
+    vocabulary: Vocabulary,
+    limits: Limits,
 ) -> Plan:
     context = fields.get("context")
     if not isinstance(context, str):
@@ -90,7 +97,7 @@ def _plan(
     prompt = read_prompts(context, vocabulary, limits)[0]
     if max_tokens is None:
         room = vocabulary.context_length - len(prompt.tokens)
-        max_tokens = max(1, min(COMPLETE_TOKENS, room))
+        max_tokens = max(1, min(default, room))
     check_fits("context", prompt, max_tokens, vocabulary.context_length, "shorten the context")
     return make_plan(request, [prompt], Wanted(max_tokens=max_tokens), vocabulary, limits)
 
@@ -116,6 +123,13 @@ def _number(name: str, value: Any) -> float:
     except (ValueError, OverflowError):
         pass
     raise bad_field(name, f"{name} is {shorten(value)}: give a number")
+
+
+def _whole_number(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if number != int(number) or number < 0:
+        raise bad_field(name, f"{name} is {shorten(value)}: give a whole number, 0 or more")
+    return int(number)
 
 
 def _flag(name: str, value: Any) -> bool:
