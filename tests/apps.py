@@ -10,7 +10,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -25,6 +25,7 @@ from meshlm.serving.app import create_app
 from meshlm.serving.config import EngineConfig, Limits
 from meshlm.serving.engine import Engine, Loaded
 from meshlm.serving.metrics import Metrics
+from meshlm.serving.requests import OnEvent, Request, State
 from tiny import CONFIG, F32, draw_params
 
 MODEL_ID = "tiny"
@@ -92,6 +93,37 @@ def app(
         chat_template=chat,
         metrics=metrics or Metrics(),
     )
+
+
+class Broken:
+    """Stands for an engine: it refuses, or it answers with the events that it is given."""
+
+    config = ENGINE
+
+    def __init__(
+        self, *script: Any, state: State = "ready", is_loaded: bool = True, ahead: int = 0
+    ) -> None:
+        self.script = script
+        self.state = state
+        self.progress = "compiling 3 of 9"
+        self.is_loaded = is_loaded
+        self.ahead = ahead
+        self.submitted = self.cancelled = 0
+
+    @property
+    def loaded(self) -> Any:
+        return engine().loaded if self.is_loaded else None
+
+    def submit(self, requests: Sequence[Request], on_event: OnEvent) -> Broken:
+        self.submitted += 1
+        for step in self.script:
+            if isinstance(step, Exception):
+                raise step
+            on_event(0, step)
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
 
 class Client:

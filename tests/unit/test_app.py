@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from apps import (
     ENGINE,
     LIMITS,
     MODEL_ID,
+    Broken,
     Client,
     app,
     assert_error,
@@ -34,10 +34,7 @@ from meshlm.serving.requests import (
     FailureKind,
     Finished,
     NotReadyError,
-    OnEvent,
     Piece,
-    Request,
-    State,
     TokenScore,
 )
 
@@ -366,36 +363,6 @@ def test_demo_errors(client: Client) -> None:
     response = busy.post("/completion", {"context": "a"})
     assert_error(response, 503, code="RATE_LIMITED")
     assert int(response.headers["retry-after"]) >= 1
-
-
-class Broken:
-    """Stands for an engine: it refuses, or it answers with the events that it is given."""
-
-    config = ENGINE
-
-    def __init__(
-        self, *script: Any, state: State = "ready", is_loaded: bool = True, ahead: int = 0
-    ) -> None:
-        self.script = script
-        self.state = state
-        self.progress = "compiling 3 of 9"
-        self.is_loaded = is_loaded
-        self.ahead = ahead
-        self.cancelled = 0
-
-    @property
-    def loaded(self) -> Any:
-        return engine().loaded if self.is_loaded else None
-
-    def submit(self, requests: Sequence[Request], on_event: OnEvent) -> Broken:
-        for step in self.script:
-            if isinstance(step, Exception):
-                raise step
-            on_event(0, step)
-        return self
-
-    def cancel(self) -> None:
-        self.cancelled += 1
 
 
 def test_while_loading() -> None:
