@@ -28,12 +28,15 @@ from meshlm.model.config import ModelConfig
 from tiny import CONFIG, draw_params
 
 TEXT = "the quick brown fox jumps over the lazy dog; the dog sleeps, and the fox runs on. " * 20
+VOCAB_SIZE = 300
+END_OF_TEXT = VOCAB_SIZE - 1
 MODEL = dataclasses.replace(CONFIG, vocab_size=384, context_length=128)
 
 
 def write_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Path:
     """Writes a random model with a tokenizer of its own, and returns the path to serve."""
-    tokenizer = train_bpe([TEXT], 300)
+    tokenizer = train_bpe([TEXT], VOCAB_SIZE)
+    assert tokenizer.end_of_text_id == END_OF_TEXT
     arrays = {"params." + name: a for name, a in to_named(draw_params(model)).items()}
     files = {
         "config.json": to_json({"run": {"model": to_dict(model)}, "options": {}}),
