@@ -89,7 +89,7 @@ class ChatMessage(Strict):
     """One message. Empty fields of an answer that a client sends back are taken."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], FailFast()]
+    content: str | list[TextPart]
     annotations: None = None
     audio: None = None
     function_call: None = None
