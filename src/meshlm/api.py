@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,10 +20,11 @@ from meshlm.core.sharding import MeshConfig, make_mesh
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.generation import DecodeModel, Generation, Generator, SamplingConfig, Scorer
 from meshlm.generation.generate import start_of_text
-from meshlm.generation.profiles import Dtype, Numerics, Profile, numerics
+from meshlm.generation.profiles import Dtype, Numerics, Profile, Quantization, numerics
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Params, check_divides
 from meshlm.model.transformer import Compute
+from meshlm.serving.engine import Loaded
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -196,7 +197,8 @@ class Model:
         return self.numerics.compute
 
     @functools.cached_property
-    def _decode_model(self) -> DecodeModel:
+    def decode_model(self) -> DecodeModel:
+        """The weights as generation, scoring and a server take them."""
         allowed = sampled = self.config.vocab_size
         if self.tokenizer is not None:
             allowed = min(allowed, self.tokenizer.vocab_size)
@@ -218,14 +220,14 @@ class Model:
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(
-            self._decode_model,
+            self.decode_model,
             end_of_text_id=self._end_of_text_id,
             token_bytes=_no_text if self.tokenizer is None else self.tokenizer.token_bytes,
         )
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self._decode_model, end_of_text_id=self._end_of_text_id)
+        return Scorer(self.decode_model, end_of_text_id=self._end_of_text_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -233,6 +235,17 @@ class Model:
         if self.tokenizer is None:
             raise UsageError("this model has no tokenizer: give token ids, or load it with one")
         return self.tokenizer.encode(prompt)
+
+
+def served(model: Model) -> Loaded:
+    """Returns what a server serves of a model.
+
+    Raises:
+        UsageError: it has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise UsageError("a model without a tokenizer cannot be served: give --tokenizer")
+    return Loaded(model=model.decode_model, tokenizer=model.tokenizer)
 
 
 def _no_text(token: int) -> bytes:
@@ -253,6 +266,7 @@ def load(
     *,
     profile: Profile = "fast",
     dtype: Dtype | None = None,
+    quantize: Quantization | None = None,
     mesh: Mesh | MeshConfig | None = None,
     config: str | Path | None = None,
     tokenizer: str | None = None,
@@ -268,6 +282,9 @@ def load(
         profile: how to compute: `fast`, `hf` or `mtj-2021`; see `generation/profiles.py`.
         dtype: of weights and products. Left out, weights keep their stored type and the products
             follow it; "float32" computes all of it in float32.
+        quantize: "int8" keeps the matrices of products in int8, a quarter of float32's memory, and
+            multiplies in int8; `dtype` then is of all else, float32 unless given. For one device
+            and the profile `fast`; see docs/quantization.md.
         mesh: where to put the weights; one device unless given.
         config: the original's JSON configuration, or a preset's name, where none lies beside the
             weights.
@@ -280,6 +297,9 @@ def load(
         BadInputError: the files are damaged, or do not fit each other.
     """
     source = open_source(path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    if quantize is not None:
+        _check_quantization(quantize, profile, mesh)
+        dtype = dtype or "float32"
     chosen = numerics(profile, dtype, matrix_dtype(source.infos))
     if not isinstance(mesh, Mesh):
         mesh_config = mesh or MeshConfig()
@@ -288,7 +308,7 @@ def load(
     own_tokenizer = source.tokenizer
     if own_tokenizer is not None and sample_extra_tokens:
         own_tokenizer = own_tokenizer.with_extra_tokens(source.model.vocab_size)
-    params = load_params(source, mesh, chosen.weights)
+    params = load_params(source, mesh, chosen.weights, int8=quantize is not None)
     return Model(
         params,
         source.model,
@@ -297,3 +317,16 @@ def load(
         mesh,
         sample_extra_tokens=sample_extra_tokens,
     )
+
+
+def _check_quantization(quantize: str, profile: Profile, mesh: Mesh | MeshConfig | None) -> None:
+    if quantize not in get_args(Quantization):
+        raise UsageError(f"--quantize {quantize}: choose {' or '.join(get_args(Quantization))}")
+    if profile != "fast":
+        raise UsageError(
+            f"--quantize {quantize} rounds as no other program does, and --profile {profile} "
+            "computes as one of them: leave one of the two out"
+        )
+    num_devices = mesh.size if isinstance(mesh, Mesh) else (mesh or MeshConfig()).num_devices
+    if num_devices > 1:
+        raise UsageError(f"--quantize {quantize} is for one device: leave --mesh.* out")

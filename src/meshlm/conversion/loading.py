@@ -13,6 +13,7 @@ from meshlm.conversion.tensors import Group, Part, Source, TensorInfo, cast, sta
 from meshlm.core.sharding import sharding_of
 from meshlm.core.tree import from_named, map_named, to_named
 from meshlm.model.params import Block, Params, Weight, describe
+from meshlm.model.quantize import quantise_weight
 
 
 def matrix_dtype(infos: Mapping[str, TensorInfo]) -> str:
@@ -24,28 +25,33 @@ def matrix_dtype(infos: Mapping[str, TensorInfo]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def load_params(source: Source, mesh: Mesh, dtype: str | None) -> Params:
+def load_params(source: Source, mesh: Mesh, dtype: str | None, *, int8: bool = False) -> Params:
     """Returns the weights with one block a layer, each in its shards on the mesh.
 
     The host holds one tensor beside what is on the devices.
 
     Args:
         dtype: of every weight; None keeps each as it is stored, and float16 as float32.
+        int8: keep the matrices in int8 (`model/quantize.py`), each made when it is read; for one
+            device.
     """
     weights = describe(source.model)
-    named: dict[str, jax.Array] = {}
+    named: dict[str, Any] = {}
     for part in source.parts():
         for name, info in part.tensors.items():
             wanted = dtype or ("float32" if info.dtype == np.float16 else info.dtype.name)
             value = cast(part.read(name), jnp.dtype(wanted), name)
-            named[name] = _place(value, _sharding(mesh, weights, name))
-            del value
+            placed = _place(value, _sharding(mesh, weights, name))
+            named[name] = quantise_weight(name, placed) if int8 else placed
+            # Only now, so that no second tensor waits beside this one.
+            jax.block_until_ready(named[name])
+            del value, placed
     outer = map_named(lambda name, _: named[name], dataclasses.replace(weights, blocks=()))
     blocks = tuple(_block(weights, named, layer) for layer in range(source.model.num_layers))
     return dataclasses.replace(outer, blocks=blocks)
 
 
-def _block(weights: Params, named: Mapping[str, jax.Array], layer: int) -> Block:
+def _block(weights: Params, named: Mapping[str, Any], layer: int) -> Block:
     return map_named(lambda field, _: named[f"blocks.{layer}.{field}"], weights.blocks)
 
 

@@ -14,10 +14,8 @@ MIN_PROMPT_BUCKET = 32
 MIN_CACHE_BUCKET = 64
 # A group of rows is decoded together; further rows wait for it.
 MAX_ROWS = 32
-# A single row is a matrix-vector product. In bfloat16 XLA on CPUs converts all weights for it
-# first: two rows decode 2.5 times as fast (46 and 18 tokens/s; `125m`, 2 cores, JAX 0.12). In
-# float32 one row is the faster (10 and 5 tokens/s; 27 and 26 with JAX 0.10.2).
-MIN_DECODE_ROWS = {"bfloat16": 2, "float32": 1}
+# The products of a single row are made the fast way where they are (ops/cpu.py, ops/streamed.py).
+MIN_DECODE_ROWS = {"bfloat16": 1, "float32": 1}
 # Bounds the attention scores of prefill: rows x heads x length x length.
 MAX_PREFILL_TOKENS = 4096
 

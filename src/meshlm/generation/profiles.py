@@ -17,6 +17,7 @@ from meshlm.model.transformer import Compute
 
 Profile = Literal["fast", "hf", "mtj-2021"]
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

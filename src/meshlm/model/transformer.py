@@ -11,7 +11,7 @@ transformers does.
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.ops.attention import attend, causal_mask
-from meshlm.ops.linear import add_bias, dot, layer_norm, lookup
+from meshlm.ops.linear import Matrix, add_bias, dots, layer_norm, lookup
 from meshlm.ops.loss import head_loss
+from meshlm.ops.quantised import Quantised
 from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
 
 Remat = Literal["none", "minimal", "full"]
@@ -134,7 +135,10 @@ def unembed(
     """Returns float32 logits; with a `model` axis they are split by vocabulary."""
     with jax.named_scope("head"):
         head = gather(params.head, compute, "vocab", "embed")
-        logits_BTV = dot(x_BTD.astype(compute.dtype), head)
+        # Weights with one block a layer are there to decode.
+        (logits_BTV,) = dots(
+            [(_operand(x_BTD, head, compute), head, 1)], streamed=isinstance(params.blocks, tuple)
+        )
         bias = params.head_bias[None, None].astype(jnp.float32)
         return _rounded(logits_BTV + bias, compute)
 
@@ -154,8 +158,13 @@ def summed_loss(
         return head_loss(x_BTD.astype(compute.dtype), head, bias, targets_BT, mask_BT, z_loss)
 
 
-def gather(weight: jax.Array, compute: Compute, *dims: str | None) -> jax.Array:
-    """Returns a weight as a product takes it: in the compute dtype, gathered over `data`."""
+def gather(weight: Matrix, compute: Compute, *dims: str | None) -> Any:
+    """Returns a weight as a product takes it: in the compute dtype, gathered over `data`.
+
+    One in int8 stays as it is: it is on one device.
+    """
+    if isinstance(weight, Quantised):
+        return weight
     return reshard(weight.astype(compute.dtype), *dims, gathered=True)
 
 
@@ -172,14 +181,43 @@ def block_forward(
 
     One norm, and one sum over `model`.
     """
+    decoding = cached is not None
     normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
-    normed = _shared_input(normed.astype(compute.dtype))
-    attention, cache = _attention(normed, block, compute, rotary, mask, cached)
-    feed_forward = _feed_forward(normed, block, compute)
+    if not isinstance(block.query, Quantised):
+        normed = _shared_input(normed.astype(compute.dtype))
+    *qkv_BTNH, hidden_BTF = dots(
+        [(normed, weight, 1) for weight in _read_weights(block, compute)], streamed=decoding
+    )
+    mixed_BTNH, cache = _attention(qkv_BTNH, compute, rotary, mask, cached)
+    hidden_BTF = _activate(hidden_BTF, block.ff_in_bias, compute)
+    attention_out = gather(block.attention_out, compute, "embed", "heads", None)
+    ff_out = gather(block.ff_out, compute, "embed", "ff")
+    attention, feed_forward = dots(
+        [
+            (_operand(mixed_BTNH, attention_out, compute), attention_out, 2),
+            (_operand(hidden_BTF, ff_out, compute), ff_out, 1),
+        ],
+        partial=True,
+        streamed=decoding,
+    )
     if compute.rounded:
         return _add_rounded(x_BTD, attention, feed_forward, block.ff_out_bias, compute), cache
     update = reshard(attention + feed_forward, "batch", None, None)
     return x_BTD + add_bias(update, block.ff_out_bias), cache
+
+
+def _read_weights(block: Block, compute: Compute) -> list[Matrix]:
+    """Returns the weights that read the residual stream: of query, key, value, feed-forward."""
+    qkv = [
+        gather(weight, compute, "heads", None, "embed")
+        for weight in (block.query, block.key, block.value)
+    ]
+    return [*qkv, gather(block.ff_in, compute, "ff", "embed")]
+
+
+def _operand(x: jax.Array, weight: Matrix, compute: Compute) -> jax.Array:
+    """Returns x as a product with this weight takes it; one in int8 rounds x itself."""
+    return x if isinstance(weight, Quantised) else x.astype(compute.dtype)
 
 
 def _add_rounded(
@@ -199,8 +237,7 @@ def _add_rounded(
 
 
 def _attention(
-    x_BTD: jax.Array,
-    block: Block,
+    qkv_BTNH: list[jax.Array],
     compute: Compute,
     rotary: tuple[jax.Array, jax.Array],
     mask: jax.Array,
@@ -208,31 +245,20 @@ def _attention(
 ) -> tuple[jax.Array, LayerCache | None]:
     keep = functools.partial(_rounded, compute=compute)
     with jax.named_scope("attention"):
-        q_BTNH, k_BSNH, v_BSNH = (
-            keep(dot(x_BTD, gather(weight, compute, "heads", None, "embed")))
-            for weight in (block.query, block.key, block.value)
-        )
+        q_BTNH, k_BSNH, v_BSNH = (keep(x) for x in qkv_BTNH)
         q_BTNH, k_BSNH = (apply_rotary(x, *rotary, keep) for x in (q_BTNH, k_BSNH))
         q_BTNH, k_BSNH, v_BSNH = (x.astype(compute.dtype) for x in (q_BTNH, k_BSNH, v_BSNH))
         k_BNSH, v_BNSH = (x.transpose(0, 2, 1, 3) for x in (k_BSNH, v_BSNH))
-        cache = None
-        if cached is not None:
-            cache = extend(*cached, k_BNSH, v_BNSH)
-            k_BNSH, v_BNSH = cache.keys, cache.values
-        mixed_BTNH = attend(q_BTNH, k_BNSH, v_BNSH, mask).astype(compute.dtype)
-        out = gather(block.attention_out, compute, "embed", "heads", None)
-        return dot(mixed_BTNH, out, contract=2, partial=True), cache
+        if cached is None:
+            return attend(q_BTNH, k_BNSH, v_BNSH, mask), None
+        cache = extend(*cached, k_BNSH, v_BNSH)
+        return attend(q_BTNH, cache.keys, cache.values, mask), cache
 
 
-def _feed_forward(x_BTD: jax.Array, block: Block, compute: Compute) -> jax.Array:
+def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
-        hidden_BTF = dot(x_BTD, gather(block.ff_in, compute, "ff", "embed"))
-        hidden_BTF = add_bias(hidden_BTF, block.ff_in_bias)
-        hidden_BTF = (
-            _rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
-        )
-        out = gather(block.ff_out, compute, "embed", "ff")
-        return dot(hidden_BTF.astype(compute.dtype), out, partial=True)
+        hidden_BTF = add_bias(hidden_BTF, bias_F)
+        return _rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
 
 
 def _shared_input(x_BTD: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ K contracted, N out. A weight is [out..., in...]; a product contracts the traili
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,37 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from meshlm.core.sharding import is_split, reshard, spec
-from meshlm.ops import cpu
+from meshlm.ops import cpu, quantised
+from meshlm.ops import streamed as streaming
+
+Matrix = Array | quantised.Quantised
+
+
+def dots(
+    pairs: Sequence[tuple[Float[Array, "..."], Matrix, int]],
+    *,
+    partial: bool = False,
+    streamed: bool = False,
+) -> list[Float[Array, "..."]]:
+    """Returns `dot` of each (x, weight, dims to contract); every x has the same number of rows.
+
+    Args:
+        partial: see `dot`.
+        streamed: take the form that reads weights fastest where it can be had; it has no gradient.
+    """
+    first, _, contract = pairs[0]
+    if streamed and streaming.is_faster(math.prod(first.shape[: first.ndim - contract])):
+        return streaming.dots(pairs)
+    return [dot(x, weight, contract=n, partial=partial) for x, weight, n in pairs]
 
 
 def dot(
-    x: Float[Array, "..."], weight: Float[Array, "..."], *, contract: int = 1, partial: bool = False
+    x: Float[Array, "..."], weight: Matrix, *, contract: int = 1, partial: bool = False
 ) -> Float[Array, "..."]:
     """Returns x [..., in] times weight [out..., in], accumulated in float32 and of float32.
 
-    Both operands have the same dtype: bfloat16 operands give a float32 result.
+    Both operands have the same dtype: bfloat16 operands give a float32 result. With a weight in
+    int8, x may have any.
 
     Args:
         x: activations; the last `contract` dims are contracted.
@@ -29,9 +52,11 @@ def dot(
         partial: leave the sum over `model` to the caller, who adds several such products and then
             reduces once (`core.sharding.reshard`).
     """
+    inner = math.prod(x.shape[x.ndim - contract :])
+    rows, out = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
+    if isinstance(weight, quantised.Quantised):
+        return quantised.dot(x.reshape(-1, inner), weight, contract).reshape(*rows, *out)
     if cpu.is_faster(x.dtype):
-        inner = math.prod(x.shape[x.ndim - contract :])
-        rows, out = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
         y = cpu.dot(x.reshape(-1, inner), weight.reshape(-1, inner))
         return y.reshape(*rows, *out)
     return plain_dot(x, weight, contract=contract, partial=partial)

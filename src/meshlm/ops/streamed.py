@@ -1,0 +1,54 @@
+"""Products of a few rows on a CPU by the kernels of core/kernels.c, which read each weight once.
+
+The plain reference is `linear.plain_dot`, and `quantised.dot` for weights in int8. Only results are
+computed here: there are no gradients.
+
+Dim letters: M rows, K contracted, N out.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from meshlm.core.kernels import PRODUCTS, kernels
+from meshlm.core.sharding import is_split
+from meshlm.ops.quantised import Quantised
+
+# From here on XLA's products, which compute rather than read, are as fast.
+MAX_ROWS = 32
+_MAX_PRODUCTS = 8
+_TYPES = (jnp.float32, jnp.bfloat16)
+
+
+def is_faster(num_rows: int) -> bool:
+    """True where this module's form is the fast one: few rows, one CPU device, a C compiler."""
+    few = num_rows <= MAX_ROWS and jax.default_backend() == "cpu" and not is_split()
+    return few and kernels().ready
+
+
+def dots(pairs: Sequence[tuple[jax.Array, jax.Array | Quantised, int]]) -> list[jax.Array]:
+    """Returns x times weight for each (x, weight, dims to contract), all in one call.
+
+    Every x has the same number of rows; x and weight have the same type, but for a weight in int8,
+    where x may have any.
+    """
+    assert len(pairs) <= _MAX_PRODUCTS
+    operands: list[jax.Array] = []
+    results, shapes = [], []
+    for x, weight, contract in pairs:
+        rows = x.shape[: x.ndim - contract]
+        outs = weight.shape[: weight.ndim - contract]
+        x_MK = x.reshape(math.prod(rows), -1)
+        if isinstance(weight, Quantised):
+            values_NK = weight.values.reshape(math.prod(outs), -1)
+            operands += [x_MK.astype(jnp.float32), values_NK, weight.scale.reshape(-1)]
+        else:
+            assert x.dtype == weight.dtype
+            assert x.dtype in _TYPES
+            operands += [x_MK, weight.reshape(math.prod(outs), -1)]
+        results.append(jax.ShapeDtypeStruct((math.prod(rows), math.prod(outs)), jnp.float32))
+        shapes.append((*rows, *outs))
+    found = jax.ffi.ffi_call(PRODUCTS, results)(*operands)
+    return [y_MN.reshape(shape) for y_MN, shape in zip(found, shapes, strict=True)]
