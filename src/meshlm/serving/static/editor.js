@@ -5,14 +5,17 @@ import { byId, make, node } from "./dom.js";
 
 /** @typedef {import("./document.js").Doc} Doc */
 
+const RETURN_SIGN = "␍";
+
 export class Editor {
   #area = byId("text", HTMLTextAreaElement);
   #mirror = node("mirror");
   #sheet = node("sheet");
+  #hasReturns = false;
 
   /** @param {{onText: (text: string) => void, onUndo: () => void, onRedo: () => void}} tell */
   constructor(tell) {
-    this.#area.addEventListener("input", () => tell.onText(this.#area.value));
+    this.#area.addEventListener("input", () => tell.onText(this.#read()));
     node("editor").addEventListener("click", (event) => {
       if (event.target === event.currentTarget) this.focus();
     });
@@ -30,21 +33,28 @@ export class Editor {
    * @param {Doc} doc
    */
   show(doc) {
+    const text = shownAs(doc.text);
     const shown = this.#area.value;
-    if (doc.text !== shown) {
-      if (doc.text.startsWith(shown)) {
-        const added = doc.text.slice(shown.length);
-        this.#area.setRangeText(added, shown.length, shown.length, "preserve");
+    this.#hasReturns = text !== doc.text;
+    if (text !== shown) {
+      if (text.startsWith(shown)) {
+        this.#area.setRangeText(text.slice(shown.length), shown.length, shown.length, "preserve");
       } else {
-        this.#area.value = doc.text;
-        this.#area.setSelectionRange(doc.text.length, doc.text.length);
+        this.#area.value = text;
+        this.#area.setSelectionRange(text.length, text.length);
       }
     }
     // A last line that is empty has a height only if something follows it.
     const marked = segments(doc).map(({ text, byModel }) =>
-      byModel ? make("span", { className: "by-model", text }) : text,
+      byModel ? make("span", { className: "by-model", text: shownAs(text) }) : shownAs(text),
     );
     this.#mirror.replaceChildren(...marked, "\u200b");
+  }
+
+  /** The text, with its carriage returns. */
+  #read() {
+    const { value } = this.#area;
+    return this.#hasReturns ? value.replaceAll(RETURN_SIGN, "\r") : value;
   }
 
   /**
@@ -71,4 +81,12 @@ export class Editor {
   scrollToEnd() {
     this.#sheet.scrollTop = this.#sheet.scrollHeight;
   }
+}
+
+/**
+ * A text area turns carriage returns into new lines: they are shown as a sign instead.
+ * @param {string} text
+ */
+function shownAs(text) {
+  return text.replaceAll("\r", RETURN_SIGN);
 }

@@ -64,6 +64,9 @@ export class Sample {
       else if (token.text === "<|endoftext|>") this.tokens.push({ ...token, start: end, end });
     }
     this.#waiting = [];
+    // What is left of a character becomes U+FFFD at the end, and belongs to the last token.
+    const last = this.tokens.at(-1);
+    if (last && last.end < end) this.tokens[this.tokens.length - 1] = { ...last, end };
   }
 }
 

@@ -2,7 +2,7 @@
 
 import { AlternativesPanel } from "./alternatives.js";
 import { Api, ApiError } from "./api.js";
-import { Connection, shareDone } from "./connection.js";
+import { setUpTheme } from "./appearance.js";
 import { Counter } from "./counter.js";
 import { KeyDialog, copied, setUpCode, setUpExamples } from "./dialogs.js";
 import { documentOf, lastRun } from "./document.js";
@@ -19,20 +19,9 @@ import { SettingsPanel } from "./settings.js";
 import { documentFrom, fragmentOf, sharedIn } from "./share.js";
 import { keep, keepKey, recall, recallKey } from "./storage.js";
 import { TokensView } from "./tokens.js";
+import { Watch } from "./watch.js";
 
 const NARROW = matchMedia("(max-width: 60rem)");
-const THEMES = /** @type {const} */ (["auto", "light", "dark"]);
-const STATES = {
-  asking: "Connecting",
-  ready: "Ready",
-  loading: "Loading",
-  draining: "Shutting down",
-  failed: "Failed",
-  offline: "No connection",
-};
-// What a server that is ready again settles.
-const SETTLED = ["loading", "draining", "offline", "failed", "lost", "engine"];
-
 const base = new URL(".", document.baseURI).href;
 let key = recallKey();
 let model = "";
@@ -79,8 +68,10 @@ const samples = new SamplesView({
 });
 const history_ = new HistoryView({
   onRestore: (entry) => {
+    runner.dismiss();
     session.change(documentFrom(entry.text, entry.runs));
-    panel.set({ ...entry.settings, seed: entry.seed });
+    panel.set(entry.settings);
+    if (entry.seed !== null) panel.ran(entry.seed);
     announce("Restored.");
   },
 });
@@ -106,9 +97,16 @@ const keyDialog = new KeyDialog((given) => {
   keepKey(given);
   void loadFacts();
 });
-const connection = new Connection(base, onHealth);
+const watch = new Watch(base, {
+  notices,
+  announce,
+  isBusy: () => runner.isBusy,
+  again: () => runner.again,
+  onReady: () => void loadFacts(),
+});
 
 setUpExamples((example) => {
+  runner.dismiss();
   session.change(documentOf(example.text));
   panel.set({ stop: [], ...example.settings });
   choose("text");
@@ -122,7 +120,7 @@ openShared();
 addEventListener("hashchange", openShared);
 byId("settings", HTMLDetailsElement).open = !NARROW.matches;
 show();
-void connection.ask();
+void watch.ask();
 
 function setUpButtons() {
   const actions = {
@@ -133,6 +131,7 @@ function setUpButtons() {
     undo: () => step("undo"),
     redo: () => step("redo"),
     clear: () => {
+      runner.dismiss();
       session.change(documentOf(""));
       choose("text");
       editor.focus();
@@ -169,21 +168,6 @@ function setUpKeys() {
  */
 function isUndoPlace(target) {
   return !(target instanceof HTMLInputElement) || target.type === "range";
-}
-
-function setUpTheme() {
-  let theme = THEMES.find((name) => name === recall("theme")) ?? "auto";
-  const apply = () => {
-    if (theme === "auto") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = theme;
-    button("theme").textContent = `Theme: ${theme}`;
-  };
-  button("theme").addEventListener("click", () => {
-    theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
-    keep("theme", theme);
-    apply();
-  });
-  apply();
 }
 
 /** @param {"undo" | "redo"} which */
@@ -243,7 +227,10 @@ function showBusy() {
   if (hadFocus) shown.focus();
   editor.setBusy(busy);
   tokens.setBusy(busy);
-  if (wasBusy && !busy) counter.show(session.doc.text, panel.settings.max_tokens);
+  if (wasBusy && !busy) {
+    counter.show(session.doc.text, panel.settings.max_tokens);
+    watch.tell();
+  }
   wasBusy = busy;
   showButtons();
 }
@@ -316,70 +303,7 @@ function openShared() {
 function fail(error, again) {
   if (error.kind === "key")
     keyDialog.ask(key === "" ? "This server wants an API key." : error.message, again);
-  else if (["lost", "loading", "draining", "engine"].includes(error.kind)) void connection.ask();
-}
-
-/**
- * @param {import("./connection.js").Health} now
- * @param {import("./connection.js").Health} before
- */
-function onHealth(now, before) {
-  node("state").textContent = STATES[now.state];
-  node("state").dataset.state = now.state;
-  if (now.state === "ready") {
-    void loadFacts();
-    onReady(before);
-  } else if (!runner.isBusy && !(now.state === "offline" && notices.id === "lost")) {
-    notices.show(healthNotice(now));
-  }
-}
-
-/** @param {import("./connection.js").Health} before */
-function onReady(before) {
-  const isSettled = SETTLED.includes(notices.id);
-  const { again } = runner;
-  if (isSettled && again) {
-    const actions = [{ text: again.words, run: again.run }];
-    notices.show({
-      id: "back",
-      tone: "calm",
-      title: "The server is back.",
-      text: "Go on where it ended.",
-      actions,
-    });
-  } else if (isSettled) {
-    notices.clear();
-  }
-  if (before.state !== "asking") announce("The model is ready.");
-}
-
-/**
- * @param {import("./connection.js").Health} health
- * @returns {import("./notices.js").Notice}
- */
-function healthNotice({ state, message }) {
-  if (state === "loading") {
-    return {
-      id: "loading",
-      tone: "calm",
-      title: "The model is loading.",
-      text: message,
-      progress: shareDone(message),
-    };
-  }
-  if (state === "draining") {
-    return {
-      id: "draining",
-      title: "The server is shutting down.",
-      text: `${message} This page goes on when it is back.`,
-    };
-  }
-  if (state === "failed") return { id: "failed", title: "The server has failed.", text: message };
-  return {
-    id: "offline",
-    title: "No connection.",
-    text: "The server does not answer. This page tries again every second.",
-  };
+  else if (["lost", "loading", "draining", "engine"].includes(error.kind)) void watch.ask();
 }
 
 /** Loads what is served and what it allows. */
@@ -393,8 +317,8 @@ async function loadFacts() {
     model = id;
     counter.contextLength = context;
     node("model-name").textContent = id;
-    node("model-facts").textContent =
-      `context ${grouped(context)} · vocabulary ${grouped(vocabulary)}`;
+    node("model-facts").textContent = `context ${grouped(context)}`;
+    node("model-more").textContent = ` · vocabulary ${grouped(vocabulary)}`;
     node("facts").title = `MeshLM ${version.version}, JAX ${version.jax}`;
     const { max_n: n, max_logprobs: logprobs } = version.limits ?? {};
     panel.allow({ n, logprobs, max_tokens: context - 1, top_k: Math.min(vocabulary, 200) });

@@ -28,7 +28,7 @@ import { grouped } from "./probability.js";
 export class Runner {
   /** @type {AbortController | null} */
   #running = null;
-  /** @type {{base: Doc, generation: Generation} | null} */
+  /** @type {{base: Doc, generation: Generation, seed: number} | null} */
   #choice = null;
   #frame = 0;
   /** What the last failure left to do. @type {{words: string, run: () => void} | null} */
@@ -74,9 +74,10 @@ export class Runner {
    */
   use(sample) {
     if (!this.#choice) return;
-    const { base } = this.#choice;
+    const { base, seed } = this.#choice;
     this.dismiss();
     this.parts.session.change(withRun(base, sample.text, sample.tokens));
+    this.parts.onDone(seed);
   }
 
   /** Puts the samples away. */
@@ -139,7 +140,7 @@ export class Runner {
       maxTokens,
     });
     const extra = { logprobs: panel.settings.logprobs, stream: true };
-    const show = this.#shower(base, generation);
+    const show = this.#shower(base, generation, seed);
     try {
       await generation.follow(api.stream("v1/completions", { ...request, ...extra }, signal), {
         onQueued: (ahead) => notices.show(queuedNotice(ahead)),
@@ -189,8 +190,9 @@ export class Runner {
    * Returns what shows the samples so far: one in the text, several beside each other.
    * @param {Doc} base
    * @param {Generation} generation
+   * @param {number} seed
    */
-  #shower(base, generation) {
+  #shower(base, generation, seed) {
     const { session, samples, tellStats } = this.parts;
     let isFirst = true;
     return (/** @type {boolean} */ busy) => {
@@ -199,7 +201,7 @@ export class Runner {
       if (generation.count === 0) return;
       if (generation.samples.length > 1) {
         if (isFirst) samples.open(generation.samples);
-        this.#choice = { base, generation };
+        this.#choice = { base, generation, seed };
         samples.show(generation.samples, busy);
       } else {
         const [sample] = generation.samples;
@@ -281,6 +283,6 @@ function queuedNotice(ahead) {
   const text =
     ahead === 0
       ? "It is your turn next."
-      : `${grouped(ahead)} ${ahead === 1 ? "sample is" : "samples are"} ahead of yours.`;
+      : `${grouped(ahead)} ${ahead === 1 ? "sample waits" : "samples wait"} before yours.`;
   return { id: "queued", tone: "calm", title: "Waiting for a free place.", text, actions: [] };
 }

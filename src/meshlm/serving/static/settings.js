@@ -100,7 +100,7 @@ export class SettingsPanel {
     for (const [name, value] of Object.entries(most)) {
       const bound = this.#bounds.get(/** @type {Bound["name"]} */ (name));
       if (!bound || !Number.isFinite(value)) continue;
-      bound.most = Math.max(bound.least, value);
+      bound.most = Math.max(bound.least, Math.min(bound.most, value));
       const inputs = this.#inputs.get(bound.name);
       if (inputs) inputs.slider.max = inputs.number.max = String(bound.most);
     }
