@@ -299,15 +299,24 @@ def test_what_the_engine_finds_wrong_while_it_loads(weights, compiled):
         assert "Traceback" not in server.err
 
 
-def test_the_second_start_is_fast(weights, tmp_path):
+def test_the_second_start_is_fast_and_opens_a_browser(weights, tmp_path):
+    browser = tmp_path / "browser"
+    opened = tmp_path / "opened"
+    opened.touch()
+    browser.write_text(f"#!/bin/sh\necho $1 >> {opened}\n")
+    browser.chmod(0o755)
+    environment = {"BROWSER": f"{browser} %s"}
     (tmp_path / "compiled").mkdir(mode=0o700)
-    options = ("--slots", "4", "--compile-cache", str(tmp_path / "compiled"))
-    times = []
+    options = ("--slots", "4", "--compile-cache", str(tmp_path / "compiled"), "--open")
+    times, urls = [], []
     for _ in range(2):
-        with Server(weights, *options) as server:
+        with Server(weights, *options, environment=environment) as server:
             server.wait_ready()
+            urls.append(server.url)
+            wait_until(lambda: server.url in opened.read_text())
             line = next(line for line in server.out.splitlines() if line.startswith("ready in"))
             times.append(float(line.split()[2]))
             server.send(signal.SIGTERM)
             assert server.wait_exit() == 0
     assert times[1] < times[0] / 2
+    assert opened.read_text().split() == urls

@@ -73,6 +73,14 @@ class Connection(H11Protocol):
             self._unset_keepalive_if_required()
             self._start(self.limits.body_timeout_s)
 
+    def shutdown(self) -> None:
+        """Closes, or closes after the answer that is under way."""
+        try:
+            super().shutdown()
+        except h11.LocalProtocolError:
+            # h11 has given this connection up, and would end the server's shutdown with it.
+            self.transport.abort()
+
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP with OpenAI's error body, and closes."""
         # Called where h11's error is being handled, which knows the status that fits.

@@ -9,7 +9,7 @@ import traceback
 from typing import IO, Any
 
 _CAPACITY = 10_000
-_LOGGERS = ("uvicorn.error", "meshlm")
+_LOGGERS = ("uvicorn.error", "asyncio", "meshlm")
 
 
 class LineLog:
@@ -67,7 +67,7 @@ class LogLines(logging.Handler):
         self._log = log
 
     def install(self) -> None:
-        """Takes over what uvicorn and MeshLM log."""
+        """Takes over what uvicorn, asyncio and MeshLM log."""
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             logger.handlers[:] = [self]

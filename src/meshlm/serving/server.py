@@ -242,7 +242,9 @@ class _Server:
             self._uvicorn.should_exit = True
             await answering
         if self.signal is None:
-            raise self.engine.error or MeshLMError("the engine ended by itself")
+            raise self.engine.error or MeshLMError(
+                "the server ended by itself; its log may say why"
+            )
         return _EXIT_CODES[self.signal]
 
     async def _watch(self, answering: asyncio.Task[None]) -> None:
