@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -241,6 +243,39 @@ def wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.001)
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving-api.md"
+FENCE = re.compile(r"^```(python|console no-run)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def examples(wanted: str) -> list[str]:
+    """The page's examples of a kind that ask a server."""
+    texts = [text for kind, text in FENCE.findall(PAGE.read_text()) if kind == wanted]
+    if wanted == "python":
+        return texts
+    return [line[2:] for text in texts for line in text.splitlines() if line.startswith("$ curl")]
+
+
+def at(address: str, example: str) -> str:
+    return example.replace("http://127.0.0.1:8000", address).replace('"first"', f'"{MODEL_ID}"')
+
+
+@pytest.mark.parametrize("example", examples("python"), ids=["completions", "chat"])
+def test_python_of_the_docs(address: str, example: str, capsys: pytest.CaptureFixture) -> None:
+    exec(at(address, example), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+def test_curl_of_the_docs(address: str) -> None:
+    commands = examples("console no-run")
+    assert len(commands) == 5
+    for example in commands:
+        command = at(address, example).replace("curl", "curl -sS --fail-with-body")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert json.loads(done.stdout)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
