@@ -9,11 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from meshlm.api import Model, load
+from meshlm.api import Model, load, served
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.store import TokenStore
+from meshlm.serving.fingerprint import fingerprint
+from meshlm.serving.server import ServeOptions, serve
 from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, new_run
 from meshlm.training.loop import TrainResult, train
 from meshlm.training.run_folder import read_config
@@ -33,14 +35,19 @@ class DemoConfig:
     """Time to train, about; reading the text and compiling come on top."""
     out: Path = Path("demo")
     """Folder for the token store and the run; run again, it goes on with what is there."""
+    serve: bool = False
+    """Serve the model afterwards, and open its page; on a terminal it asks if not given."""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= 60 * 24:
             raise UsageError(f"--minutes {self.minutes:g}: give more than 0 and at most 1440")
 
 
-def demo(config: DemoConfig, console: Console | None = None) -> None:
-    """Makes the token store and the run in `config.out`, prints samples and what to do next."""
+def demo(config: DemoConfig, console: Console | None = None) -> int:
+    """Makes the token store and the run in `config.out`, prints samples and what to do next.
+
+    Then it serves the model, if that is wanted, and returns the exit code of that; else 0.
+    """
     console = console or Console()
     store, run = config.out / "data", config.out / "run"
     began_s = time.monotonic()
@@ -65,8 +72,27 @@ def demo(config: DemoConfig, console: Console | None = None) -> None:
     _say(console, f"3/4  training: {run}")
     result = train(options, console)
     _say(console, "4/4  writing")
-    _write_samples(load(run), console)
+    model = load(run)
+    _write_samples(model, console)
     _say_what_next(console, config, store, result, time.monotonic() - began_s)
+    if config.serve or _wants_page(console):
+        return _serve(run, model)
+    return 0
+
+
+def _wants_page(console: Console) -> bool:
+    """Returns what a person at a terminal says; nobody there is a no."""
+    if not (console.is_terminal and sys.stdin.isatty()):
+        return False
+    answer = console.input("Open its page now? It serves until Ctrl+C. \\[Y/n] ")
+    return answer.strip().lower() in ("", "y", "yes")
+
+
+def _serve(run: Path, model: Model) -> int:
+    options = ServeOptions(
+        model_id="demo", fingerprint=fingerprint(run), port=0, open_browser=True, access_log=False
+    )
+    return serve(lambda: served(model), options)
 
 
 def library_files() -> list[Path]:
@@ -144,6 +170,7 @@ def _say_what_next(
     program = "meshlm" if shutil.which("meshlm") else sys.argv[0]
     _say(console, "Try next:")
     for command in (
+        f"serve {run} --open",
         f'generate {run} --prompt "def main(" --temperature 0.7',
         f"train --run {run} --steps {2 * result.step}",
         f"data inspect {store}",

@@ -7,10 +7,11 @@ __all__ = ["EXAMPLES", "Config", "run"]
 
 EXAMPLES = (
     "meshlm demo",
+    "meshlm demo --serve",
     "meshlm demo --minutes 10 --out my-demo",
 )
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Runs the demo."""
-    demo(config)
+    return demo(config)
