@@ -3,10 +3,11 @@
 #   ARGS=...            more arguments for the command or for pytest: make demo ARGS="--minutes 1"
 #   PYTHON=path         the Python for .venv          (else the newest of 3.13, 3.12, 3.11 found)
 #   PARITY_PYTHON=path  the Python for .venv-parity   (else the oldest with a CPU build of torch)
+#   CHROMIUM=path       the browser for the tests of the page (else the first Chromium on PATH)
 #   TORCH="..."         pip arguments that name a CPU build of torch, for the parity tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check bench lock clean main-environment both-environments
+.PHONY: help install browser demo test test-long check bench lock clean main-environment both-environments
 
 PYTHON_FILES := src tests bench environment $(wildcard examples)
 ARGS ?=
@@ -15,6 +16,9 @@ help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: main-environment ## make the environment in .venv; the command is .venv/bin/meshlm
+
+browser: ## install Debian's Chromium for the tests of the page, unless there is one
+	@sh environment/browser.sh
 
 demo: main-environment ## train a small GPT-J on this machine's Python library, then sample from it
 	@.venv/bin/meshlm demo $(ARGS)
