@@ -158,6 +158,24 @@ def test_context_is_kept() -> None:
         plan_of(prompt="a", max_tokens=10**12)
 
 
+def test_what_is_told_is_bounded() -> None:
+    long = dataclasses.replace(VOCABULARY, context_length=2048)
+
+    def ask(**fields: Any) -> Plan:
+        request = read_fields(CompletionRequest, fields)
+        return plan_completion(request, long, LIMITS)
+
+    # As lm_eval asks: all prompts of a request, each as long as the context.
+    full = {"prompt": [[5] * 2047] * 64, "max_tokens": 1, "echo": True}
+    assert len(ask(**full, logprobs=1).requests) == 64
+    assert ask(**full).requests
+    assert ask(prompt=[[5]] * 64, max_tokens=16, logprobs=20, n=2).requests
+    for fields in (full | {"logprobs": 20}, {"max_tokens": 2000, "n": 16, "logprobs": 20}):
+        with pytest.raises(ApiError, match="1048576") as caught:
+            ask(**{"prompt": [[5]] * 4, **fields})
+        assert caught.value.param == "logprobs"
+
+
 def test_names_of_tokens_are_their_own() -> None:
     own = VOCABULARY.tokenizer
     names = [token_name(own, token) for token in range(own.vocab_size)]

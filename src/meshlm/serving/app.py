@@ -36,8 +36,8 @@ from meshlm.serving.schema import describe_body, describe_query, describe_schema
 from meshlm.serving.tokens import detokenize, tokenize, tokenizer_info
 from meshlm.serving.waiting import SEND_GRACE_S, EventStream, GoneError, Run, finish, to_json
 
-# Texts and lists from this length on are turned into tokens beside the event loop.
-_MUCH = 4096
+# Bodies from this length on are turned into tokens beside the event loop.
+_LONG_BYTES = 8192
 # nginx's status for a client that did not wait; nobody reads it.
 _GONE = 499
 
@@ -105,7 +105,7 @@ class _Api:
         vocabulary = self._vocabulary()
         data = await read_object(request, self.limits, vocabulary.context_length)
         fields = self._read(CompletionRequest, data)
-        plan = await _off_loop(data, lambda: plan_completion(fields, vocabulary, self.limits))
+        plan = await _off_loop(request, lambda: plan_completion(fields, vocabulary, self.limits))
         choices = completion_choices(plan, fields, vocabulary.tokenizer)
         frame = self._frame("cmpl", "text_completion", "text_completion")
         return await self._respond(request, Answer(plan, choices, frame))
@@ -123,7 +123,7 @@ class _Api:
         vocabulary = self._vocabulary()
         data = await read_object(request, self.limits, vocabulary.context_length)
         fields = self._read(ChatRequest, data)
-        plan = await _off_loop(data, lambda: plan_chat(fields, vocabulary, self.limits))
+        plan = await _off_loop(request, lambda: plan_chat(fields, vocabulary, self.limits))
         choices = chat_choices(plan, fields, vocabulary.tokenizer)
         frame = self._frame("chatcmpl", "chat.completion", "chat.completion.chunk")
         return await self._respond(request, Answer(plan, choices, frame))
@@ -132,7 +132,7 @@ class _Api:
         """Goes on from a context. The API of the original's server."""
         vocabulary = self._vocabulary()
         data = await read_object(request, self.limits, vocabulary.context_length)
-        plan = await _off_loop(data, lambda: compat.plan_complete(data, vocabulary, self.limits))
+        plan = await _off_loop(request, lambda: compat.plan_complete(data, vocabulary, self.limits))
         return await self._wait_for(
             request, compat.answer_to(plan, vocabulary), lambda text: {"completion": text}
         )
@@ -143,7 +143,7 @@ class _Api:
             vocabulary = self._vocabulary()
             data = await read_object(request, self.limits, vocabulary.context_length)
             plan, has_prompt = await _off_loop(
-                data, lambda: compat.plan_demo(data, vocabulary, self.limits)
+                request, lambda: compat.plan_demo(data, vocabulary, self.limits)
             )
             start = plan.prompts[0].text if has_prompt else ""
             return await self._wait_for(
@@ -159,7 +159,7 @@ class _Api:
         vocabulary = self._vocabulary()
         data = await read_object(request, self.limits, vocabulary.context_length)
         fields = self._read(TokenizeRequest, data)
-        return _json(await _off_loop(data, lambda: tokenize(fields, vocabulary)))
+        return _json(await _off_loop(request, lambda: tokenize(fields, vocabulary)))
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token ids."""
@@ -283,10 +283,11 @@ class _Api:
         )
 
 
-async def _off_loop(data: Mapping[str, Any], work: Callable[[], Result]) -> Result:
-    """Returns `work()`, done beside the event loop where `data` has much text."""
-    much = any(isinstance(value, str | list) and len(value) > _MUCH for value in data.values())
-    return await asyncio.to_thread(work) if much else work()
+async def _off_loop(request: Request, work: Callable[[], Result]) -> Result:
+    """Returns `work()`, done beside the event loop where the body is long, or does not say."""
+    length = request.headers.get("content-length", "")
+    is_short = length.isdecimal() and int(length) < _LONG_BYTES
+    return work() if is_short else await asyncio.to_thread(work)
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -71,6 +71,7 @@ def plan_chat(request: ChatRequest, vocabulary: Vocabulary, limits: Limits) -> P
         max_tokens=max_tokens,
         alternatives=request.top_logprobs or 0,
         stop=_STOP,
+        tells=bool(request.logprobs),
     )
     return make_plan(request, [prompt], wanted, vocabulary, limits)
 

@@ -33,6 +33,7 @@ def plan_completion(request: CompletionRequest, vocabulary: Vocabulary, limits: 
         best_of=request.best_of,
         alternatives=request.logprobs or 0,
         score_prompt=bool(request.echo) and request.logprobs is not None,
+        tells=request.logprobs is not None,
     )
     return make_plan(request, prompts, wanted, vocabulary, limits)
 

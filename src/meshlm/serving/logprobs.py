@@ -1,6 +1,7 @@
 """Log-probabilities as OpenAI's two APIs tell them."""
 
 import codecs
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ LEAST = -9999.0
 _ESCAPE = "bytes:"
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """Returns the token's text, or `bytes:\\xNN...` where its bytes are no whole characters.
 

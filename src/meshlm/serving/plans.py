@@ -16,6 +16,10 @@ from meshlm.serving.requests import Request
 _LEAST_TOP_P = 1e-7
 
 
+# Log-probabilities of one request: each takes some hundred bytes until the answer is sent.
+MAX_TOLD = 1 << 20
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one API request asks for."""
@@ -47,6 +51,8 @@ class Wanted:
     score_prompt: bool = False
     stop: tuple[str, ...] = ()
     """More stop texts than the request's own."""
+    tells: bool = False
+    """Whether tokens' log-probabilities are told."""
 
 
 def make_plan(
@@ -59,7 +65,8 @@ def make_plan(
     """Returns the plan of fields whose bounds are checked already.
 
     Raises:
-        ApiError: 400, for too many samples, or a stop text or a bias that is none.
+        ApiError: 400, for too many samples or log-probabilities, or a stop text or a bias that is
+            none.
     """
     n = 1 if fields.n is None else fields.n
     best_of = n if wanted.best_of is None else wanted.best_of
@@ -70,6 +77,8 @@ def make_plan(
             f"{len(prompts)} prompts times {best_of} samples are {count}: this server makes at "
             f"most {limits.max_samples} for one request",
         )
+    if wanted.tells:
+        _check_told(prompts, best_of, wanted)
     shared = _shared_options(fields, wanted, vocabulary, limits)
     return Plan(
         prompts=tuple(prompts),
@@ -87,6 +96,18 @@ def make_plan(
         include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
         return_token_ids=bool(fields.return_token_ids),
     )
+
+
+def _check_told(prompts: Sequence[Prompt], best_of: int, wanted: Wanted) -> None:
+    scored = sum(len(prompt.tokens) for prompt in prompts) if wanted.score_prompt else 0
+    tokens = best_of * (scored + len(prompts) * wanted.max_tokens)
+    if tokens * (1 + wanted.alternatives) > MAX_TOLD:
+        raise bad_field(
+            "logprobs",
+            f"logprobs asks for {wanted.alternatives} alternatives of up to {tokens} tokens: ask "
+            f"for less than {MAX_TOLD} of both together, with fewer of prompts, samples, tokens "
+            "or alternatives",
+        )
 
 
 def _shared_options(
