@@ -180,8 +180,12 @@ def test_a_huge_body_in_chunks_is_read_to_the_limit(guarded):
         assert answer(connection).startswith(b"HTTP/1.1 413")
 
 
-def test_headers_that_drip_are_cut(guarded):
+@pytest.mark.parametrize("requests_before", [0, 1])
+def test_headers_that_drip_are_cut(guarded, requests_before):
     with guarded.connected() as connection:
+        for _ in range(requests_before):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b'{"status":"ok"}' in connection.recv(65536)
         begin = time.monotonic()
         connection.settimeout(0.2)
         for byte in b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: 12345678901234567890":
