@@ -107,7 +107,7 @@ def run(config: Config) -> int:
         raise UsageError(f"{config.path} has no tokenizer: give --tokenizer gpt2 or a file")
     options = ServeOptions(
         model_id=_model_id(config),
-        fingerprint=fingerprint(config.path),
+        fingerprint=fingerprint(config.path, config.dtype, config.quantize, config.profile),
         host=config.host,
         port=config.port,
         keys=keys,

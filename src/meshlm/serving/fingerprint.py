@@ -10,13 +10,15 @@ _MANIFEST = "manifest.json"
 _MOST_FILES = 10_000
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, *settings: str | None) -> str:
     """Returns `fp_` and 12 hex digits, of the weights' manifests or file sizes and of the version.
+
+    `settings` are what else changes the answers, such as the type of the products.
 
     Weights are not read for it: files of one name and size count as the same, unless a manifest
     tells them apart.
     """
-    digest = hashlib.sha256(version("meshlm").encode())
+    digest = hashlib.sha256(repr((version("meshlm"), settings)).encode())
     for file in _files(path):
         name = "" if file == path else str(file.relative_to(path))
         digest.update(f"\0{name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
