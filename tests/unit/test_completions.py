@@ -380,6 +380,26 @@ def test_chat_takes_back_its_own_message() -> None:
     assert plan_of_chat(messages=[said, *messages(("user", "Hi."))]).requests
 
 
+@pytest.mark.parametrize(
+    ("texts", "content"),
+    [
+        ([" Hello ", " you."], "Hello  you."),
+        (["  Hello"], " Hello"),
+        (["", " ", " Hello"], " Hello"),
+        (["\nHello"], "\nHello"),
+        ([" "], ""),
+    ],
+)
+def test_one_space_is_the_templates(texts: list[str], content: str) -> None:
+    request = read_fields(ChatRequest, {"messages": messages(("user", "Hi."))})
+    plan = plan_chat(request, VOCABULARY, LIMITS)
+    answer = Answer(plan, chat_choices(plan, request, VOCABULARY.tokenizer), FRAME)
+    for text in texts:
+        answer.take(0, Piece((TokenScore(5, -0.5),), text))
+    answer.take(0, Finished("stop", 0))
+    assert answer.whole()["choices"][0]["message"]["content"] == content
+
+
 @given(TOKENS, st.lists(st.integers(0, 4), max_size=4), st.booleans())
 def test_chat_parts_joined_are_the_whole(tokens: list, sizes: list, logprobs: bool) -> None:
     fields = {"messages": messages(("user", "Hi.")), "logprobs": logprobs, "stream": True}
