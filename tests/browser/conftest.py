@@ -39,11 +39,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         (pytest.fail if IN_CI else pytest.skip)(NO_BROWSER)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if CHROMIUM is None:
-        terminalreporter.write_line(NO_BROWSER, yellow=True, bold=True)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=20_000)

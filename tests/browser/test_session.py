@@ -173,6 +173,11 @@ def test_markup_is_text(visit: Visit) -> None:
 # Probabilities
 
 
+def labels(visit: Visit) -> list[str]:
+    """What a screen reader is told of each token."""
+    return visit("#tokens .token").evaluate_all("all => all.map((one) => one.ariaLabel)")
+
+
 def test_each_token_has_its_probability_and_alternatives(visit: Visit, server: Server) -> None:
     visit.write(PROMPT)
     visit.set(max_tokens=12, seed=11, logprobs=4)
@@ -183,9 +188,10 @@ def test_each_token_has_its_probability_and_alternatives(visit: Visit, server: S
     tokens = visit("#tokens .token")
     expect(tokens).to_have_count(12)
     limits = [0.75, 0.35, 0.12, 0.03, 0]
-    for index, value in enumerate(logprobs["token_logprobs"]):
-        step = next(i for i, least in enumerate(limits) if math.exp(value) >= least)
-        assert f"step-{step}" in (tokens.nth(index).get_attribute("class") or "")
+    shares = [math.exp(value) for value in logprobs["token_logprobs"]]
+    wanted = [next(i for i, least in enumerate(limits) if share >= least) for share in shares]
+    classes = tokens.evaluate_all("all => all.map((one) => one.className)")
+    assert classes == [f"token step-{step}" for step in wanted], (logprobs, labels(visit))
     tokens.nth(5).click()
     panel = visit("#alternatives")
     expect(panel).to_be_visible()
@@ -208,6 +214,25 @@ def test_hovering_shows_alternatives_and_leaving_hides_them(visit: Visit) -> Non
     visit.page.wait_for_timeout(400)
     expect(visit("#alternatives")).to_be_visible()
     visit("h1").hover()
+    expect(visit("#alternatives")).to_be_hidden()
+
+
+def test_opened_alternatives_stay_while_the_text_scrolls(visit: Visit) -> None:
+    visit.write("the fox\n" * 25)
+    visit.click("Probabilities")
+    visit.click("Measure this text")
+    visit("#tokens .token").nth(20).click()
+    first = visit(".choice:not(:disabled)").first
+    expect(first).to_be_focused()
+    before = visit("#alternatives").bounding_box()
+    visit.page.evaluate("document.getElementById('sheet').scrollTop += 60")
+    visit.page.wait_for_timeout(300)
+    after = visit("#alternatives").bounding_box()
+    assert before is not None
+    assert after is not None
+    assert after["y"] != before["y"], "with its token"
+    expect(first).to_be_focused()
+    visit("h1").click()
     expect(visit("#alternatives")).to_be_hidden()
 
 

@@ -40,7 +40,8 @@ def somebody_else(server: Server) -> Iterator[None]:
 
 def idle(server: Server) -> bool:
     """Whether the engine has nothing to do."""
-    return server.metrics()["meshlm_samples_running"] == 0
+    metrics = server.metrics()
+    return metrics["meshlm_samples_running"] + metrics["meshlm_samples_waiting"] == 0
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
@@ -79,6 +80,7 @@ def test_a_full_server_says_when_to_try_again(visit: Visit, server: Server) -> N
             expect(button).to_have_text(re.compile(r"^Try again in \d s$"))
             expect(button).to_be_disabled()
             expect(button).to_have_text("Try again")
+    wait_until(lambda: idle(server))
     button.click()
     expect(visit("#status")).to_contain_text("Done: 3 tokens")
     expect(notice).to_be_hidden()
@@ -176,7 +178,7 @@ def test_a_servers_life(context: BrowserContext, start: Callable[..., Server]) -
         give_key(visit, key)
         expect(visit("#count")).to_contain_text("of 128")
         visit.write(PROMPT)
-        visit.set(seed=1)
+        visit.set(seed=1, max_tokens=30)
         visit("#generate").click()
         expect(visit("#stats")).to_contain_text("tokens ·")
         first.process.kill()
@@ -205,7 +207,10 @@ def test_a_servers_life(context: BrowserContext, start: Callable[..., Server]) -
         other.wait_state("offline")
         other.notice("No connection.")
         visit.page.bring_to_front()
-        expect(visit("#status")).to_contain_text("Done: ")
+        # What had begun was finished.
+        visit.notice("No connection.")
+        assert visit.text.startswith(kept)
+        expect(visit("#stats")).to_contain_text("30 tokens ·")
     assert key not in json.dumps(visit.page.evaluate("Object.entries(localStorage)"))
     visit.check_clean()
     other.check_clean()

@@ -17,6 +17,8 @@ export class AlternativesPanel {
   #panel = node("alternatives");
   #list = node("alternatives-list");
   #pinned = false;
+  /** @type {HTMLElement | undefined} */
+  #at;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #leaving;
 
@@ -26,9 +28,13 @@ export class AlternativesPanel {
     this.#panel.addEventListener("pointerenter", () => clearTimeout(this.#leaving));
     this.#panel.addEventListener("pointerleave", () => this.leave());
     this.#panel.addEventListener("keydown", (event) => this.#onKey(event));
-    node("sheet").addEventListener("scroll", () => this.close());
-    addEventListener("resize", () => this.close());
-    addEventListener("scroll", () => this.close());
+    for (const [source, what] of /** @type {const} */ ([
+      [node("sheet"), "scroll"],
+      [window, "scroll"],
+      [window, "resize"],
+    ])) {
+      source.addEventListener(what, () => this.#follow());
+    }
     document.addEventListener("pointerdown", (event) => {
       const target = event.target;
       if (target instanceof Element && !target.closest("#alternatives, .token")) this.close();
@@ -55,8 +61,11 @@ export class AlternativesPanel {
     this.#list.replaceChildren(...choicesOf(token).map((choice) => this.#row(token, choice)));
     node("alternatives-hint").hidden = this.#list.childElementCount === 0;
     this.#panel.hidden = false;
-    this.#place(at.getClientRects()[0] ?? at.getBoundingClientRect());
-    if (pinned) this.#panel.querySelector("button")?.focus({ preventScroll: true });
+    this.#at = at;
+    this.#place(at);
+    if (!pinned) return;
+    const first = this.#panel.querySelector("button:not(:disabled)");
+    (first instanceof HTMLElement ? first : this.#panel).focus({ preventScroll: true });
   }
 
   /** The pointer left: closes soon unless it is pinned or entered. */
@@ -109,8 +118,15 @@ export class AlternativesPanel {
     return make("li", {}, row);
   }
 
-  /** @param {DOMRect} beside */
-  #place(beside) {
+  /** Pinned, it stays with its token; else what is under the pointer has changed. */
+  #follow() {
+    if (this.#pinned && this.#at) this.#place(this.#at);
+    else this.close();
+  }
+
+  /** @param {HTMLElement} at */
+  #place(at) {
+    const beside = at.getClientRects()[0] ?? at.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height } = this.#panel;
     const left = Math.min(beside.left, innerWidth - width - MARGIN_PX);
     const below = beside.bottom + MARGIN_PX;

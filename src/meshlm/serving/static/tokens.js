@@ -122,6 +122,7 @@ export class TokensView {
    * @param {boolean} pinned
    */
   #open(target, pinned) {
+    clearTimeout(this.#hover);
     const element = target instanceof Element ? target.closest(".token") : null;
     if (!(element instanceof HTMLElement)) return;
     const token = this.#tokens.get(element);
