@@ -283,8 +283,9 @@ def load(
         dtype: of weights and products. Left out, weights keep their stored type and the products
             follow it; "float32" computes all of it in float32.
         quantize: "int8" keeps the matrices of products in int8, a quarter of float32's memory, and
-            multiplies in int8; `dtype` then is of all else, float32 unless given. For one device
-            and the profile `fast`; see docs/quantization.md.
+            multiplies in int8; `dtype` then is of all else; left out, that stays as it is stored,
+            and keys and values are bfloat16. For one device and the profile `fast`; see
+            docs/quantization.md.
         mesh: where to put the weights; one device unless given.
         config: the original's JSON configuration, or a preset's name, where none lies beside the
             weights.
@@ -299,8 +300,11 @@ def load(
     source = open_source(path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
     if quantize is not None:
         _check_quantization(quantize, profile, mesh)
-        dtype = dtype or "float32"
     chosen = numerics(profile, dtype, matrix_dtype(source.infos))
+    if quantize is not None and dtype is None:
+        # Keys and values too are read again for every token.
+        compute = dataclasses.replace(chosen.compute, dtype="bfloat16")
+        chosen = dataclasses.replace(chosen, compute=compute)
     if not isinstance(mesh, Mesh):
         mesh_config = mesh or MeshConfig()
         check_divides(source.model, mesh_config)

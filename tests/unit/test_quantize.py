@@ -18,9 +18,10 @@ from meshlm.generation import DecodeModel, Scorer
 from meshlm.model.params import PRODUCT_WEIGHTS, unstack_blocks
 from meshlm.model.quantize import quantise_params
 from meshlm.ops import linear, quantised, streamed
+from meshlm.ops.attention import attend
 from meshlm.ops.quantised import Quantised, dequantise, quantise, quantise_rows
 from servers import write_checkpoint
-from tiny import CONFIG, F32, draw_params, relative_l2
+from tiny import CONFIG, F32, draw_params, relative_l2, relative_max
 
 needs_kernels = pytest.mark.skipif(
     not kernels().ready, reason=f"no compiled kernels: {kernels().detail}"
@@ -156,6 +157,26 @@ def test_a_rows_product_does_not_depend_on_the_rows_beside_it(dtype):
         np.testing.assert_array_equal(run(x[:rows]), together[:rows])
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [16, 80, 256])
+def test_kernels_attention_to_a_cache_is_the_plain_one(head_dim, dtype):
+    rows, heads, places = 3, 2, 40
+    lengths = jnp.asarray([1, 17, 40], jnp.int32)
+    q = 3 * jnp.asarray(draw(rows, 1, heads, head_dim), dtype)
+    keys, values = (
+        jnp.asarray(draw(rows, heads, places, head_dim, seed=seed), dtype) for seed in (1, 2)
+    )
+    # What is not in use may be anything.
+    unused = jnp.arange(places)[None, None, :, None] >= lengths[:, None, None, None]
+    mask = ~unused.transpose(0, 1, 3, 2)
+    wanted = attend(q, keys, values, mask)[:, 0]
+    found = jax.jit(streamed.attend)(
+        q[:, 0], jnp.where(unused, jnp.nan, keys), jnp.where(unused, jnp.nan, values), lengths
+    )
+    assert relative_max(found, wanted) < 1e-6
+
+
 # A model.
 
 
@@ -241,7 +262,7 @@ def test_what_int8_cannot_do_is_refused(checkpoint, options, said):
 
 
 def test_cached_decoding_in_int8_is_the_pass_over_the_whole(checkpoint):
-    model = meshlm.load(checkpoint, quantize="int8")
+    model = meshlm.load(checkpoint, quantize="int8", dtype="float32")
     sample = model.generate([5, 6, 7], max_tokens=20, temperature=0.0, ignore_end_of_text=True)
     whole = [5, 6, 7, *sample.tokens]
     logits = np.asarray(model.logits([whole]), np.float64)[0, 2:-1]

@@ -1,8 +1,10 @@
-// Products of a few rows with weights that are read once: y[m][n] = sum_k x[m][k] w[n][k].
+// Products of a few rows with weights that are read once, y[m][n] = sum_k x[m][k] w[n][k], and the
+// attention of one new token to a cache.
 //
-// Decoding on a CPU is as fast as the weights can be read. XLA's products convert or repack them on
-// every call; these read them as they lie, [out, in], all of a layer's products in one call.
-// core/kernels.py compiles this file on the user's machine, for its processor (-march=native).
+// Decoding on a CPU is as fast as weights and cache can be read. XLA converts or repacks them on
+// every call; here they are read as they lie, weights as [out, in], all of a layer's products in one
+// call, and of a cache the places in use alone. core/kernels.py compiles this file on the user's
+// machine, for its processor (-march=native).
 //
 // A number of the result is summed in the same order whatever the number of rows beside it.
 
@@ -237,11 +239,104 @@ static void quantise(const float* x, int64_t rows, int64_t inner, uint8_t* bytes
   }
 }
 
-// Chunks of all products, shared among XLA's threads. Whoever comes late finds nothing left: the
-// caller can do all of it alone, and waits for chunks that have begun only.
+// One query against a cache of one head: softmax(q k / sqrt(H)) v over the first `length` places.
+// H is a multiple of 16.
+
+typedef struct {
+  XLA_FFI_DataType type;  // of keys and values: F32 or BF16
+  const float* q;
+  const void *keys, *values;
+  const int32_t* lengths;
+  float* y;
+  int64_t heads, places, width;
+} Attention;
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef float LooseLanes __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+INLINE Lanes load(XLA_FFI_DataType type, const void* from, int64_t i) {
+  fetch((const char*)from + i * (type == XLA_FFI_DataType_F32 ? 4 : 2));
+  if (type == XLA_FFI_DataType_F32) return *(const LooseLanes*)((const float*)from + i);
+  Halves bits = *(const Halves*)((const uint16_t*)from + i);
+  return (Lanes)(__builtin_convertvector(bits, Words) << 16);
+}
+
+INLINE float sum_of(Lanes x) {
+#ifdef WIDE
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0;
+  for (int i = 0; i < 16; i++) sum += x[i];
+  return sum;
+#endif
+}
+
+// exp(x) for x <= 0, to float32's precision: 2^n times a polynomial on [-1/2, 1/2].
+INLINE float exponential(float x) {
+  float t = fmaxf(x * 1.44269504f, -126.0f), n = rintf(t), f = t - n;
+  float p = 1.5403530e-4f;
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  union { int32_t i; float f; } scale = {((int32_t)n + 127) << 23};
+  return p * scale.f;
+}
+
+// y += weights times values, for 16 * blocks of a head's dims.
+INLINE void mix(int blocks, XLA_FFI_DataType type, const float* weights, int64_t length,
+                const void* values, int64_t at, int64_t width, float* y) {
+  Lanes sums[4] = {{0}};
+  for (int64_t s = 0; s < length; s++)
+    UNROLL
+    for (int i = 0; i < blocks; i++)
+      sums[i] += weights[s] * load(type, values, at + s * width + 16 * i);
+  for (int i = 0; i < blocks; i++) *(LooseLanes*)(y + 16 * i) = sums[i];
+}
+
+INLINE void attend(const Attention* a, XLA_FFI_DataType type, int64_t pair, float* scores) {
+  int64_t width = a->width, length = a->lengths[pair / a->heads];
+  if (length > a->places) length = a->places;
+  int64_t start = pair * a->places * width, h = 0;
+  const float* q = a->q + pair * width;
+  float *y = a->y + pair * width, top = -INFINITY, total = 0, unit = 1 / sqrtf((float)width);
+  for (int64_t s = 0; s < length; s++) {
+    Lanes sum = {0};
+    for (h = 0; h < width; h += 16)
+      sum += *(const LooseLanes*)(q + h) * load(type, a->keys, start + s * width + h);
+    scores[s] = sum_of(sum) * unit;
+    top = scores[s] > top || scores[s] != scores[s] ? scores[s] : top;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t s = 0; s < length; s++) {
+    scores[s] = exponential(scores[s] - top);
+    total += scores[s];
+  }
+  for (int64_t s = 0; s < length; s++) scores[s] /= total;
+  for (h = 0; h + 64 <= width; h += 64)
+    mix(4, type, scores, length, a->values, start + h, width, y + h);
+  for (; h < width; h += 16) mix(1, type, scores, length, a->values, start + h, width, y + h);
+}
+
+static void attend_chunk(const Attention* a, int64_t pair) {
+  float* scores = malloc(a->places * sizeof(float));
+  if (a->type == XLA_FFI_DataType_F32)
+    attend(a, XLA_FFI_DataType_F32, pair, scores);
+  else
+    attend(a, XLA_FFI_DataType_BF16, pair, scores);
+  free(scores);
+}
+
+// Chunks of a call, shared among XLA's threads. Whoever comes late finds nothing left: the caller
+// can do all of it alone, and waits for chunks that have begun only.
 typedef struct {
   Product products[MAX_PRODUCTS];
-  int64_t count, chunks;
+  Attention attention;
+  int64_t count, chunks;  // count: of products; 0: it is attention
   atomic_long next, done, holders;
 } Job;
 
@@ -250,8 +345,12 @@ static void work(Job* job) {
     int64_t chunk = atomic_fetch_add(&job->next, 1);
     if (chunk >= job->chunks) return;
     int i = 0;
-    for (; chunk >= job->products[i].chunks; i++) chunk -= job->products[i].chunks;
-    run_chunk(&job->products[i], chunk);
+    if (job->count) {
+      for (; chunk >= job->products[i].chunks; i++) chunk -= job->products[i].chunks;
+      run_chunk(&job->products[i], chunk);
+    } else {
+      attend_chunk(&job->attention, chunk);
+    }
     atomic_fetch_add(&job->done, 1);
   }
 }
@@ -290,15 +389,18 @@ static XLA_FFI_Error* refuse(XLA_FFI_CallFrame* frame, const char* message) {
   return frame->api->XLA_FFI_Error_Create(&args);
 }
 
+static int asks_for_version(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Metadata_Extension* extension = (XLA_FFI_Metadata_Extension*)frame->extension_start;
+  if (!extension || extension->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  extension->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  extension->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  return 1;
+}
+
 // Arguments: x [M, K] and w [N, K] of each product, and for w of bytes its scales [N]; x then is
 // float32. Results: y [M, N] of each, float32.
 XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_Metadata_Extension* extension = (XLA_FFI_Metadata_Extension*)frame->extension_start;
-  if (extension && extension->extension_base.type == XLA_FFI_Extension_Metadata) {
-    extension->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-    extension->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    return NULL;
-  }
+  if (asks_for_version(frame)) return NULL;
   if (frame->rets.size > MAX_PRODUCTS) return refuse(frame, "meshlm_products: too many products");
   Job* job = calloc(1, sizeof *job);
   uint8_t* bytes[MAX_PRODUCTS];
@@ -340,5 +442,21 @@ XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
     free(bytes[made]);
     free(scales[made]);
   }
+  return NULL;
+}
+
+// Arguments: q [B, N, H] float32, keys and values [B, N, S, H], the places in use [B] int32.
+// Result: [B, N, H] float32.
+XLA_FFI_Error* meshlm_attention(XLA_FFI_CallFrame* frame) {
+  if (asks_for_version(frame)) return NULL;
+  XLA_FFI_Buffer** in = (XLA_FFI_Buffer**)frame->args.args;
+  Job* job = calloc(1, sizeof *job);
+  job->attention = (Attention){.type = in[1]->dtype, .q = in[0]->data, .keys = in[1]->data,
+                               .values = in[2]->data, .lengths = in[3]->data,
+                               .y = ((XLA_FFI_Buffer*)frame->rets.rets[0])->data,
+                               .heads = in[1]->dims[1], .places = in[1]->dims[2],
+                               .width = in[1]->dims[3]};
+  job->chunks = in[1]->dims[0] * in[1]->dims[1];
+  run(frame, job);
   return NULL;
 }

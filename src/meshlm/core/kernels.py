@@ -21,11 +21,22 @@ from pathlib import Path
 PRODUCTS = "meshlm_products"
 """The name of the call that multiplies; see kernels.c."""
 
+ATTENTION = "meshlm_attention"
+"""The name of the call that attends to a cache."""
+
 SWITCH = "MESHLM_KERNELS"
 """The environment variable that turns them off, with the value `off`."""
 
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-w")
-_TARGETS = (PRODUCTS,)
+_FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+)
+_TARGETS = (PRODUCTS, ATTENTION)
 _COMPILE_TIMEOUT_S = 120
 
 

@@ -22,6 +22,7 @@ from meshlm.core.sharding import is_split, reshard, spec
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
+from meshlm.ops import streamed
 from meshlm.ops.attention import attend, causal_mask
 from meshlm.ops.linear import Matrix, add_bias, dots, layer_norm, lookup
 from meshlm.ops.loss import head_loss
@@ -251,7 +252,11 @@ def _attention(
         k_BNSH, v_BNSH = (x.transpose(0, 2, 1, 3) for x in (k_BSNH, v_BSNH))
         if cached is None:
             return attend(q_BTNH, k_BNSH, v_BNSH, mask), None
-        cache = extend(*cached, k_BNSH, v_BNSH)
+        old, start_B = cached
+        cache = extend(old, start_B, k_BNSH, v_BNSH)
+        if streamed.can_attend(q_BTNH):
+            mixed_BNH = streamed.attend(q_BTNH[:, 0], cache.keys, cache.values, start_B + 1)
+            return mixed_BNH[:, None], cache
         return attend(q_BTNH, cache.keys, cache.values, mask), cache
 
 

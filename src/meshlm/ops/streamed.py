@@ -1,9 +1,10 @@
-"""Products of a few rows on a CPU by the kernels of core/kernels.c, which read each weight once.
+"""What decoding is made of on a CPU, by the kernels of core/kernels.c: no gradients.
 
-The plain reference is `linear.plain_dot`, and `quantised.dot` for weights in int8. Only results are
-computed here: there are no gradients.
+Products of a few rows that read each weight once, and the attention of one token to a cache that
+reads the places in use alone. The plain references are `linear.plain_dot`, `quantised.dot` for
+weights in int8, and `attention.attend`.
 
-Dim letters: M rows, K contracted, N out.
+Dim letters: M rows, K contracted, B batch, N out or heads, S places, H head dim.
 """
 
 import math
@@ -11,14 +12,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from meshlm.core.kernels import PRODUCTS, kernels
+from meshlm.core.kernels import ATTENTION, PRODUCTS, kernels
 from meshlm.core.sharding import is_split
 from meshlm.ops.quantised import Quantised
 
 # From here on XLA's products, which compute rather than read, are as fast.
 MAX_ROWS = 32
 _MAX_PRODUCTS = 8
+_LANES = 16
 _TYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -26,6 +29,12 @@ def is_faster(num_rows: int) -> bool:
     """True where this module's form is the fast one: few rows, one CPU device, a C compiler."""
     few = num_rows <= MAX_ROWS and jax.default_backend() == "cpu" and not is_split()
     return few and kernels().ready
+
+
+def can_attend(q_BTNH: jax.Array) -> bool:
+    """True where `attend` is the fast form: of one new token a row, with heads of whole vectors."""
+    num_rows, length, _, head_dim = q_BTNH.shape
+    return length == 1 and head_dim % _LANES == 0 and is_faster(num_rows)
 
 
 def dots(pairs: Sequence[tuple[jax.Array, jax.Array | Quantised, int]]) -> list[jax.Array]:
@@ -52,3 +61,15 @@ def dots(pairs: Sequence[tuple[jax.Array, jax.Array | Quantised, int]]) -> list[
         shapes.append((*rows, *outs))
     found = jax.ffi.ffi_call(PRODUCTS, results)(*operands)
     return [y_MN.reshape(shape) for y_MN, shape in zip(found, shapes, strict=True)]
+
+
+def attend(
+    q_BNH: Float[Array, "B N H"],
+    keys_BNSH: Float[Array, "B N S H"],
+    values_BNSH: Float[Array, "B N S H"],
+    lengths_B: Int[Array, "B"],
+) -> Float[Array, "B N H"]:
+    """Returns softmax(q k / sqrt(H)) v in float32, over each row's first `lengths_B` places."""
+    result = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
+    operands = (q_BNH.astype(jnp.float32), keys_BNSH, values_BNSH, lengths_B.astype(jnp.int32))
+    return jax.ffi.ffi_call(ATTENTION, result)(*operands)
