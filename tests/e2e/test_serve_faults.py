@@ -99,6 +99,11 @@ def test_a_flood_is_refused_in_part_and_served_in_part(slow):
         else:
             assert answer.json()["usage"]["completion_tokens"] == 10
     numbers = slow.metrics()
+    # Those that were served waited for each other.
+    waits = numbers["meshlm_queue_seconds_sum"] - before["meshlm_queue_seconds_sum"]
+    counts = [n["meshlm_queue_seconds_count"] for n in (before, numbers)]
+    assert counts[1] - counts[0] == codes.count(200)
+    assert waits > codes.count(200) * 0.1
     refused = 'meshlm_requests_rejected_total{reason="queue_full"}'
     assert numbers[refused] - before[refused] == codes.count(429)
     assert np.quantile(times, 0.95) < 0.2

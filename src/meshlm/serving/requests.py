@@ -85,6 +85,8 @@ class Finished:
     reason: FinishReason
     cached_tokens: int
     """Tokens of the prompt that were computed for an earlier request."""
+    queued_s: float = dataclasses.field(default=0.0, compare=False)
+    """How long it waited before its prompt began."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,7 +17,15 @@ from meshlm.serving.answers import Answer
 from meshlm.serving.engine import Engine, Submission
 from meshlm.serving.errors import ApiError, failed, refused
 from meshlm.serving.metrics import Metrics, RequestTimer
-from meshlm.serving.requests import BusyError, Event, Failed, NotReadyError, Piece, Request
+from meshlm.serving.requests import (
+    BusyError,
+    Event,
+    Failed,
+    Finished,
+    NotReadyError,
+    Piece,
+    Request,
+)
 
 QUEUE_INTERVAL_S = 1.0
 PING_INTERVAL_S = 15.0
@@ -94,6 +102,8 @@ class Run:
             raise failed(event)
         if isinstance(event, Piece):
             self._timer.tokens(len(event.tokens), index)
+        if isinstance(event, Finished):
+            self._timer.queued(event.queued_s)
         parts = self.answer.take(index, event)
         if self.answer.is_done:
             self._timer.finished(self.answer.finish_reason)

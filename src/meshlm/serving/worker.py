@@ -44,6 +44,8 @@ class Sample(Job):
     """Its prompt on the device, while it is in prefill."""
     prompt_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     cached_tokens: int = 0
+    submitted_s: float = dataclasses.field(default_factory=time.monotonic)
+    queued_s: float = 0.0
     last_token: int = 0
 
     @classmethod
@@ -136,6 +138,7 @@ class Worker:
     def _begin(self, sample: Sample) -> Prefilled:
         """Returns what the prompt runs into, with as much of it done as others have done before."""
         request = sample.request
+        sample.queued_s = time.monotonic() - sample.submitted_s
         # Scores come from running the tokens.
         match = None if request.score_prompt else self._prefixes.find(request.prompt)
         self.counts.prompt_tokens += len(request.prompt)
@@ -211,7 +214,7 @@ class Worker:
             self._finish(sample, reason)
 
     def _finish(self, sample: Sample, reason: FinishReason) -> None:
-        self._end(sample, Finished(reason, sample.cached_tokens))
+        self._end(sample, Finished(reason, sample.cached_tokens, sample.queued_s))
 
     def _end(self, sample: Sample, event: Finished | Failed) -> None:
         """Takes a sample out, wherever it is, and tells its client."""
