@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -298,17 +298,13 @@ def load(
         BadInputError: the files are damaged, or do not fit each other.
     """
     source = open_source(path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
-    if quantize is not None:
-        _check_quantization(quantize, profile, mesh)
-    chosen = numerics(profile, dtype, matrix_dtype(source.infos))
-    if quantize is not None and dtype is None:
-        # Keys and values too are read again for every token.
-        compute = dataclasses.replace(chosen.compute, dtype="bfloat16")
-        chosen = dataclasses.replace(chosen, compute=compute)
+    chosen = numerics(profile, dtype, matrix_dtype(source.infos), quantize)
     if not isinstance(mesh, Mesh):
         mesh_config = mesh or MeshConfig()
         check_divides(source.model, mesh_config)
         mesh = make_mesh(mesh_config)
+    if quantize is not None and mesh.size > 1:
+        raise UsageError(f"--quantize {quantize} is for one device: leave --mesh.* out")
     own_tokenizer = source.tokenizer
     if own_tokenizer is not None and sample_extra_tokens:
         own_tokenizer = own_tokenizer.with_extra_tokens(source.model.vocab_size)
@@ -321,16 +317,3 @@ def load(
         mesh,
         sample_extra_tokens=sample_extra_tokens,
     )
-
-
-def _check_quantization(quantize: str, profile: Profile, mesh: Mesh | MeshConfig | None) -> None:
-    if quantize not in get_args(Quantization):
-        raise UsageError(f"--quantize {quantize}: choose {' or '.join(get_args(Quantization))}")
-    if profile != "fast":
-        raise UsageError(
-            f"--quantize {quantize} rounds as no other program does, and --profile {profile} "
-            "computes as one of them: leave one of the two out"
-        )
-    num_devices = mesh.size if isinstance(mesh, Mesh) else (mesh or MeshConfig()).num_devices
-    if num_devices > 1:
-        raise UsageError(f"--quantize {quantize} is for one device: leave --mesh.* out")

@@ -15,7 +15,6 @@ import stat
 import subprocess
 import tempfile
 import threading
-from importlib import resources
 from pathlib import Path
 
 PRODUCTS = "meshlm_products"
@@ -38,6 +37,11 @@ _FLAGS = (
 )
 _TARGETS = (PRODUCTS, ATTENTION)
 _COMPILE_TIMEOUT_S = 120
+# The first one includes the others.
+_SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("kernels.c", "kernels_products.h", "kernels_attention.h")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,14 +86,14 @@ def _library() -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         raise _NoKernelsError("there is no C compiler (cc) on PATH")
-    source = resources.files("meshlm.core").joinpath("kernels.c").read_bytes()
+    sources = [path.read_bytes() for path in _SOURCES]
     include = Path(jax.ffi.include_dir())
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10).stdout
-    parts = (source, (include / "xla/ffi/api/c_api.h").read_bytes(), version, _processor())
+    parts = (*sources, (include / "xla/ffi/api/c_api.h").read_bytes(), version, _processor())
     key = hashlib.sha256(b"\0".join((*parts, " ".join(_FLAGS).encode()))).hexdigest()[:32]
     path = _private_folder() / f"kernels-{key}.so"
     if not path.exists():
-        _compile(compiler, source, include, path)
+        _compile(compiler, include, path)
     return path
 
 
@@ -111,12 +115,20 @@ def _private_folder() -> Path:
     return folder
 
 
-def _compile(compiler: str, source: bytes, include: Path, path: Path) -> None:
+def _compile(compiler: str, include: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         built = Path(name) / "kernels.so"
         ran = subprocess.run(
-            [compiler, *_FLAGS, "-fPIC", "-shared", f"-I{include}", "-xc", "-", "-o", str(built)],
-            input=source,
+            [
+                compiler,
+                *_FLAGS,
+                "-fPIC",
+                "-shared",
+                f"-I{include}",
+                str(_SOURCES[0]),
+                "-o",
+                str(built),
+            ],
             capture_output=True,
             timeout=_COMPILE_TIMEOUT_S,
         )

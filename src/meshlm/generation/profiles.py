@@ -31,19 +31,33 @@ class Numerics:
     """Sampling limits its choice on the untempered distribution."""
 
 
-def numerics(profile: Profile, dtype: Dtype | None, stored: str) -> Numerics:
+def numerics(
+    profile: Profile, dtype: Dtype | None, stored: str, quantize: Quantization | None = None
+) -> Numerics:
     """Returns how to compute with weights whose matrices are stored as `stored`.
 
     Args:
         dtype: of weights and products (of the weights alone in `mtj-2021`); None: as stored, and
             float32 for float16, which bfloat16 cannot hold.
+        quantize: the matrices are in int8; `dtype` is of the rest, and keys and values are bfloat16
+            unless it is given.
 
     Raises:
-        UsageError: there is no such profile or type.
+        UsageError: there is no such profile or type, or they exclude each other.
     """
     if dtype not in (None, *get_args(Dtype)):
         raise UsageError(f"--dtype {dtype}: choose one of {', '.join(get_args(Dtype))}")
     own: Dtype = dtype or ("bfloat16" if stored == "bfloat16" else "float32")
+    if quantize not in (None, *get_args(Quantization)):
+        raise UsageError(f"--quantize {quantize}: choose {' or '.join(get_args(Quantization))}")
+    if quantize is not None and profile != "fast":
+        raise UsageError(
+            f"--quantize {quantize} rounds as no other program does, and --profile {profile} "
+            "computes as one of them: leave one of the two out"
+        )
+    if quantize is not None:
+        # Keys and values too are read again for every token.
+        return Numerics(weights=dtype, compute=Compute(dtype=dtype or "bfloat16"))
     if profile == "fast":
         return Numerics(weights=dtype, compute=Compute(dtype=own))
     if profile == "hf":

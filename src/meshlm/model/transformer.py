@@ -8,10 +8,8 @@ The residual stream, the norms and the softmax are float32; products take operan
 transformers does.
 """
 
-import dataclasses
 import functools
-import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from meshlm.core.sharding import is_split, reshard, spec
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
+from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.ops import streamed
@@ -28,24 +27,6 @@ from meshlm.ops.linear import Matrix, add_bias, dots, layer_norm, lookup
 from meshlm.ops.loss import head_loss
 from meshlm.ops.quantised import Quantised
 from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
-
-Remat = Literal["none", "minimal", "full"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How the forward pass is computed; it changes speed, memory and rounding, not the model."""
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Operands of the matrix products; sums are float32."""
-    remat: Remat = "none"
-    """What the backward pass computes again: nothing, all but the products' results, everything."""
-    scan_layers: bool = True
-    """One compiled layer for all (fast to compile), or each layer by itself."""
-    rotary_table: Literal["float64", "float32"] = "float64"
-    """Precision in which the rotary angles are computed; their sines are float32."""
-    rounded: bool = False
-    """Every product, norm and sum is rounded to `dtype`, and the residual stream with them."""
 
 
 def hidden_states(
@@ -127,7 +108,7 @@ def embed(params: Params, tokens_BT: Int[Array, "B T"], compute: Compute) -> Flo
         x_BTD = lookup(table.astype(jnp.float32), tokens_BT)
         if params.embedding_bias is not None:
             x_BTD = add_bias(x_BTD, params.embedding_bias)
-        return _rounded(x_BTD, compute)
+        return rounded(x_BTD, compute)
 
 
 def unembed(
@@ -141,7 +122,7 @@ def unembed(
             [(_operand(x_BTD, head, compute), head, 1)], streamed=isinstance(params.blocks, tuple)
         )
         bias = params.head_bias[None, None].astype(jnp.float32)
-        return _rounded(logits_BTV + bias, compute)
+        return rounded(logits_BTV + bias, compute)
 
 
 def summed_loss(
@@ -232,9 +213,9 @@ def _add_rounded(
     attention, feed_forward = (
         reshard(part, "batch", None, None) for part in (attention, feed_forward)
     )
-    feed_forward = _rounded(add_bias(feed_forward, bias), compute)
-    update = _rounded(_rounded(attention, compute) + feed_forward, compute)
-    return _rounded(update + x_BTD, compute)
+    feed_forward = rounded(add_bias(feed_forward, bias), compute)
+    update = rounded(rounded(attention, compute) + feed_forward, compute)
+    return rounded(update + x_BTD, compute)
 
 
 def _attention(
@@ -244,7 +225,7 @@ def _attention(
     mask: jax.Array,
     cached: tuple[LayerCache, jax.Array] | None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    keep = functools.partial(_rounded, compute=compute)
+    keep = functools.partial(rounded, compute=compute)
     with jax.named_scope("attention"):
         q_BTNH, k_BSNH, v_BSNH = (keep(x) for x in qkv_BTNH)
         q_BTNH, k_BSNH = (apply_rotary(x, *rotary, keep) for x in (q_BTNH, k_BSNH))
@@ -263,7 +244,7 @@ def _attention(
 def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
         hidden_BTF = add_bias(hidden_BTF, bias_F)
-        return _rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
+        return rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
 
 
 def _shared_input(x_BTD: jax.Array) -> jax.Array:
@@ -279,25 +260,7 @@ def final_norm(
 ) -> Float[Array, "B T D"]:
     """Returns the residual stream after the last norm, as the head takes it."""
     scale, offset = params.final_norm_scale, params.final_norm_offset
-    return _rounded(layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon), compute)
-
-
-def _rounded(x: jax.Array, compute: Compute) -> jax.Array:
-    """Returns float32 numbers, those that `compute.dtype` has where `compute.rounded` is set."""
-    if not compute.rounded or compute.dtype == "float32":
-        return x
-    # A cast there and back is one that the compiler may leave out.
-    kept = jnp.finfo(compute.dtype)
-    return jax.lax.reduce_precision(x, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
-
-
-def _rounded_gelu(x: jax.Array, compute: Compute) -> jax.Array:
-    """Returns the tanh GELU in transformers' steps, each of them rounded."""
-    x = _rounded(x, compute)
-    cube = _rounded(_rounded(x * x, compute) * x, compute)
-    inner = _rounded(x + _rounded(0.044715 * cube, compute), compute)
-    tanh = _rounded(jnp.tanh(_rounded(math.sqrt(2 / math.pi) * inner, compute)), compute)
-    return _rounded(_rounded(0.5 * x, compute) * _rounded(1.0 + tanh, compute), compute)
+    return rounded(layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon), compute)
 
 
 def rotary_rows(
@@ -308,7 +271,7 @@ def rotary_rows(
         config.context_length, config.rotary_dim, config.rotary_base, compute.rotary_table
     )
     rows = (table_rows(table, positions_BT, length) for table in (sin, cos))
-    sin_rows, cos_rows = (_rounded(table, compute) for table in rows)
+    sin_rows, cos_rows = (rounded(table, compute) for table in rows)
     return sin_rows, cos_rows
 
 

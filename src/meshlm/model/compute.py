@@ -1,0 +1,44 @@
+"""How the forward pass is computed, and the rounding of the profile that follows transformers."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Remat = Literal["none", "minimal", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the forward pass is computed; it changes speed, memory and rounding, not the model."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Operands of the matrix products; sums are float32."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing, all but the products' results, everything."""
+    scan_layers: bool = True
+    """One compiled layer for all (fast to compile), or each layer by itself."""
+    rotary_table: Literal["float64", "float32"] = "float64"
+    """Precision in which the rotary angles are computed; their sines are float32."""
+    rounded: bool = False
+    """Every product, norm and sum is rounded to `dtype`, and the residual stream with them."""
+
+
+def rounded(x: jax.Array, compute: Compute) -> jax.Array:
+    """Returns float32 numbers, those that `compute.dtype` has where `compute.rounded` is set."""
+    if not compute.rounded or compute.dtype == "float32":
+        return x
+    # A cast there and back is one that the compiler may leave out.
+    kept = jnp.finfo(compute.dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+
+
+def rounded_gelu(x: jax.Array, compute: Compute) -> jax.Array:
+    """Returns the tanh GELU in transformers' steps, each of them rounded."""
+    x = rounded(x, compute)
+    cube = rounded(rounded(x * x, compute) * x, compute)
+    inner = rounded(x + rounded(0.044715 * cube, compute), compute)
+    tanh = rounded(jnp.tanh(rounded(math.sqrt(2 / math.pi) * inner, compute)), compute)
+    return rounded(rounded(0.5 * x, compute) * rounded(1.0 + tanh, compute), compute)
