@@ -9,7 +9,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help install browser demo test test-long check bench lock clean main-environment both-environments
 
-PYTHON_FILES := src tests bench environment $(wildcard examples)
+PYTHON_FILES := src tests bench environment launch
 ARGS ?=
 
 help: ## say what each target does

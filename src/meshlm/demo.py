@@ -14,8 +14,8 @@ from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.store import TokenStore
-from meshlm.serving.fingerprint import fingerprint
-from meshlm.serving.server import ServeOptions, serve
+from meshlm.serving.http.fingerprint import fingerprint
+from meshlm.serving.http.server import ServeOptions, serve
 from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, new_run
 from meshlm.training.loop import TrainResult, train
 from meshlm.training.run_folder import read_config

@@ -221,6 +221,7 @@ def test_opened_alternatives_stay_while_the_text_scrolls(visit: Visit) -> None:
     visit.write("the fox\n" * 25)
     visit.click("Probabilities")
     visit.click("Measure this text")
+    expect(visit("#stats")).to_contain_text("tokens measured")
     visit("#tokens .token").nth(20).click()
     first = visit(".choice:not(:disabled)").first
     expect(first).to_be_focused()

@@ -19,8 +19,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from apps import Client, app, assert_error, engine, events
+from meshlm.serving.api.protocol import ChatRequest, CompletionRequest
 from meshlm.serving.config import Limits
-from meshlm.serving.protocol import ChatRequest, CompletionRequest
 
 # Small limits: what is taken is answered soon.
 SERVED = app(limits=Limits(max_prompts=3, max_n=3, max_best_of=3, max_samples=8, max_stop=2))

@@ -1,4 +1,4 @@
-"""bench/train.py: both sides train a tiny shape and the line of JSON adds up."""
+"""The benches: all sides compute a tiny shape and the line of JSON adds up."""
 
 import json
 import math
@@ -15,11 +15,11 @@ TINY = ["--layers", "2", "--d-model", "64", "--heads", "4", "--rotary-dim", "8"]
 TINY += ["--vocab", str(VOCAB), "--batch-size", "2", "--seq-len", "32"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, script: str = "train") -> subprocess.CompletedProcess[str]:
     # A user's environment, without the eight virtual devices of the suite.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     return subprocess.run(
-        [sys.executable, str(ROOT / "bench/train.py"), *arguments],
+        [sys.executable, str(ROOT / f"bench/{script}.py"), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -27,17 +27,16 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def torch_python() -> str:
+def torch_python(*more: str) -> str:
     """The interpreter with torch: the parity environment's, which `make test` prepares."""
-    look = (
-        "from importlib.util import find_spec as f; exit(not f('torch') or not f('transformers'))"
-    )
+    needed = ("torch", "transformers", *more)
+    look = f"from importlib.util import find_spec as f; exit(not all(map(f, {needed})))"
     for python in (sys.executable, str(ROOT / ".venv-parity/bin/python")):
         if os.access(python, os.X_OK) and subprocess.run([python, "-c", look]).returncode == 0:
             return python
     if os.environ.get("CI") == "true":
-        pytest.fail("CI=true, but no interpreter here has torch and transformers")
-    pytest.skip("no interpreter here has torch and transformers")
+        pytest.fail(f"CI=true, but no interpreter here has {', '.join(needed)}")
+    pytest.skip(f"no interpreter here has {', '.join(needed)}")
 
 
 def test_both_sides_train_the_same_tokens() -> None:
@@ -85,4 +84,43 @@ def test_a_worker_that_fails_ends_the_bench() -> None:
     ran = bench(*broken, *TINY)
     assert ran.returncode == 1
     assert "ended with exit code 1" in ran.stderr
+    assert ran.stdout == ""
+
+
+def test_everyone_decodes_the_same_model() -> None:
+    pythons = ["--peer-python", torch_python("ctranslate2"), "--meshlm-python", sys.executable]
+    ran = bench(*pythons, "--small", "--rounds", "1", "--batch-sizes", "1", "3", script="serve")
+    assert ran.returncode == 0, ran.stderr
+
+    (line,) = ran.stdout.splitlines()
+    result = json.loads(line)
+    sides = {(s["kind"], s["dtype"]): s for s in result["contestants"]}
+    assert len(sides) == 5
+    for side in sides.values():
+        assert set(side["batches"]) == {"1", "3"}
+        for size, found in side["batches"].items():
+            assert found["turns"] == 1
+            assert len(found["first_tokens"]) == int(size)
+            assert found["prefill_tokens_per_s"] == pytest.approx(
+                int(size) * 16 / found["prefill_s"], rel=0.1
+            )
+    own, peer = sides["meshlm", "int8"], sides["ctranslate2", "int8"]
+    ratio = result["ratios"][own["name"]][f"decode to {peer['name']}"]["3"]
+    speeds = [side["batches"]["3"]["decode_tokens_per_s"] for side in (own, peer)]
+    assert ratio == pytest.approx(speeds[0] / speeds[1], rel=0.01, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--peer-python", "/nowhere/python"], "/nowhere/python is no interpreter"),
+        (["--new-tokens", "1"], "leaves nothing to decode"),
+        (["--heads", "7"], "--heads must divide"),
+        (["--only", "torch:int4"], "--only torch:int4: choose of torch:bfloat16"),
+    ],
+)
+def test_wrong_options_of_the_serving_bench_are_refused(arguments: list[str], said: str) -> None:
+    ran = bench(*arguments, script="serve")
+    assert ran.returncode == 2
+    assert said in ran.stderr
     assert ran.stdout == ""

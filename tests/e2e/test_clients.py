@@ -22,11 +22,11 @@ from apps import CONTEXT, MODEL_ID, Broken, app, engine, events, listening, toke
 from apps import model as own_model
 from meshlm.serving.engine import Submission
 from meshlm.serving.requests import (
-    BusyError,
     Failed,
     NotReadyError,
     OnEvent,
     Piece,
+    QueueFullError,
     Request,
     TokenScore,
 )
@@ -181,7 +181,7 @@ class Recovering:
 
 
 def test_client_tries_again_when_it_is_told() -> None:
-    served = Recovering(BusyError("the queue is full"), NotReadyError("loading", "soon"))
+    served = Recovering(QueueFullError("the queue is full"), NotReadyError("loading", "soon"))
     with listening(app(served)) as address, connect(address, max_retries=1) as client:
         began_s = time.monotonic()
         with pytest.raises(openai.InternalServerError) as caught:

@@ -27,14 +27,14 @@ from apps import (
 )
 from meshlm.generation import Generation
 from meshlm.serving.config import Limits
-from meshlm.serving.metrics import Metrics
+from meshlm.serving.http.metrics import Metrics
 from meshlm.serving.requests import (
-    BusyError,
     Failed,
     FailureKind,
     Finished,
     NotReadyError,
     Piece,
+    QueueFullError,
     TokenScore,
 )
 
@@ -359,7 +359,7 @@ def test_demo_errors(client: Client) -> None:
     for fields in ({"seed": 1}, {"response_length": 1.5}, {"response_length": 500}):
         response = client.post("/completion", {"context": "a", **fields})
         assert_error(response, 400, code="API_ERROR")
-    busy = Client(app(Broken(BusyError("the queue is full"))))
+    busy = Client(app(Broken(QueueFullError("the queue is full"))))
     response = busy.post("/completion", {"context": "a"})
     assert_error(response, 503, code="RATE_LIMITED")
     assert int(response.headers["retry-after"]) >= 1
@@ -382,7 +382,7 @@ def test_while_loading() -> None:
 @pytest.mark.parametrize(
     ("refusal", "status", "code", "retries"),
     [
-        (BusyError("the queue is full"), 429, "queue_full", True),
+        (QueueFullError("the queue is full"), 429, "queue_full", True),
         (NotReadyError("draining", "later"), 503, "draining", True),
         (NotReadyError("loading", "later"), 503, "loading", True),
         (NotReadyError("failed", "broken"), 503, "engine_failed", False),
@@ -559,8 +559,8 @@ def test_full_queue() -> None:
 
 
 def test_comments_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshlm.serving.waiting.QUEUE_INTERVAL_S", 0.01)
-    monkeypatch.setattr("meshlm.serving.waiting.PING_INTERVAL_S", 0.03)
+    monkeypatch.setattr("meshlm.serving.api.waiting.QUEUE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("meshlm.serving.api.waiting.PING_INTERVAL_S", 0.03)
 
     async def check(broken: Broken, comment: str) -> None:
         visitor = Visitor(app(broken), prompt="a", stream=True)
@@ -575,7 +575,7 @@ def test_comments_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_client_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshlm.serving.app.SEND_GRACE_S", 0.0)
+    monkeypatch.setattr("meshlm.serving.api.app.SEND_GRACE_S", 0.0)
 
     class Stuck(Visitor):
         async def _send(self, message: Any) -> None:

@@ -18,13 +18,13 @@ from meshlm.generation import DecodeModel, Generator, SamplingConfig, Scorer
 from meshlm.serving.config import EngineConfig
 from meshlm.serving.engine import Engine, Loaded
 from meshlm.serving.requests import (
-    BusyError,
     Event,
     Failed,
     Finished,
     NotReadyError,
     Piece,
     PromptScores,
+    QueueFullError,
     Request,
     TokenScore,
 )
@@ -322,7 +322,7 @@ def test_deadlines_end_what_runs_and_what_waits(engine: Engine) -> None:
 
 def test_the_queue_is_bounded_and_takes_all_or_none(engine: Engine) -> None:
     full = Client(engine, *(Request(prompt=prompt(20), max_tokens=200) for _ in range(15)))
-    with pytest.raises(BusyError):
+    with pytest.raises(QueueFullError):
         Client(engine, Request(prompt=prompt(2)), Request(prompt=prompt(2)))
     full.submission.cancel()
     full.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meshlm.serving.fingerprint import fingerprint
+from meshlm.serving.http.fingerprint import fingerprint
 
 
 def checkpoint(folder: Path, manifest: str = "{}", weights: bytes = b"1234") -> Path:

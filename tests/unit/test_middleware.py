@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlm.core.errors import UsageError
-from meshlm.serving import middleware
 from meshlm.serving.config import Limits
-from meshlm.serving.guards import Keys, host_name, is_loopback
-from meshlm.serving.logs import LineLog
-from meshlm.serving.metrics import Metrics
-from meshlm.serving.middleware import CONTENT_SECURITY_POLICY, protect
+from meshlm.serving.http import middleware
+from meshlm.serving.http.guards import Keys, host_name, is_loopback
+from meshlm.serving.http.logs import LineLog
+from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.http.middleware import CONTENT_SECURITY_POLICY, protect
 
 LIMITS = Limits(max_body_bytes=1000, body_timeout_s=0.1)
 NO_KEYS = Keys(())

@@ -12,11 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apps import CONTEXT, tokenizer
-from meshlm.serving.bodies import MAX_DEPTH, parse_object
-from meshlm.serving.config import Limits
-from meshlm.serving.errors import ApiError
-from meshlm.serving.prompts import Vocabulary, read_prompts
-from meshlm.serving.protocol import (
+from meshlm.serving.api.bodies import MAX_DEPTH, parse_object
+from meshlm.serving.api.errors import ApiError
+from meshlm.serving.api.prompts import Vocabulary, read_prompts
+from meshlm.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
     SamplingFields,
@@ -25,6 +24,7 @@ from meshlm.serving.protocol import (
     read_logit_bias,
     read_stop,
 )
+from meshlm.serving.config import Limits
 
 LIMITS = Limits()
 SCALARS = (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from meshlm.serving.requests import BusyError, Request
+from meshlm.serving.requests import QueueFullError, Request
 from meshlm.serving.scheduler import (
     PATIENCE,
     Job,
@@ -64,7 +64,7 @@ class Machine(RuleBasedStateMachine):
         room = 5 + 4 - len(self.queue.jobs)
         try:
             self.queue.submit(jobs)
-        except BusyError:
+        except QueueFullError:
             assert count > room
             assert not any(one in self.queue.jobs for one in jobs)
         else:
@@ -192,7 +192,7 @@ def test_nobody_begins_without_a_row() -> None:
 def test_says_how_many_wait() -> None:
     queue = scheduler(slots=1, max_queue=2)
     queue.submit([job(), job(), job()])
-    with pytest.raises(BusyError, match="3 samples wait and 2 may"):
+    with pytest.raises(QueueFullError, match="3 samples wait and 2 may"):
         queue.submit([job()])
 
 

@@ -12,15 +12,15 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from meshlm.api import load, served
 from meshlm.conversion.opening import open_source
+from meshlm.core.compile_cache import prepare_compile_cache
 from meshlm.core.errors import StoppedError, UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation.profiles import Dtype, Profile, Quantization
-from meshlm.serving.compile_cache import prepare_compile_cache
 from meshlm.serving.config import EngineConfig, Limits
 from meshlm.serving.engine import Loaded
-from meshlm.serving.fingerprint import fingerprint
-from meshlm.serving.guards import Keys
-from meshlm.serving.server import ServeOptions, local_only, serve
+from meshlm.serving.http.fingerprint import fingerprint
+from meshlm.serving.http.guards import Keys
+from meshlm.serving.http.server import ServeOptions, local_only, serve
 
 EXAMPLES = (
     "meshlm serve runs/first --open",

@@ -132,7 +132,7 @@ class Engine:
         """Queues requests, all of them or none.
 
         Raises:
-            BusyError: the queue has not room for all.
+            QueueFullError: the queue has not room for all.
             NotReadyError: the state is not `ready`.
         """
         samples = [Sample.of(request, i, on_event) for i, request in enumerate(requests)]

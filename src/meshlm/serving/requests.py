@@ -102,10 +102,8 @@ OnEvent = Callable[[int, Event], None]
 """Called with a request's index in its submission, on the engine's thread: it only hands over."""
 
 
-class BusyError(MeshLMError):
+class QueueFullError(MeshLMError):
     """The queue has no room; try again later."""
-
-    exit_code = 4
 
 
 class NotReadyError(MeshLMError):

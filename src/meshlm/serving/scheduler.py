@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from meshlm.serving.requests import BusyError, Request
+from meshlm.serving.requests import QueueFullError, Request
 
 MIN_CHUNK = 32
 MIN_PLACES = 256
@@ -112,11 +112,11 @@ class Scheduler(Generic[JobT]):
         """Queues all jobs or none.
 
         Raises:
-            BusyError: there is not room for all of them.
+            QueueFullError: there is not room for all of them.
         """
         free = self._slots - len(self.running) - (self.prefilling is not None)
         if len(self.waiting) + len(jobs) > self._max_queue + free:
-            raise BusyError(
+            raise QueueFullError(
                 f"{len(self.waiting)} samples wait and {self._max_queue} may: try again later"
             )
         self.waiting.extend(jobs)

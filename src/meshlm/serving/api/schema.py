@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from meshlm.serving.protocol import (
+from meshlm.serving.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -13,17 +13,14 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from meshlm.serving import compat
-from meshlm.serving.answers import Answer, Frame
-from meshlm.serving.bodies import read_object
-from meshlm.serving.chat import chat_choices, plan_chat
-from meshlm.serving.completions import completion_choices, plan_completion
-from meshlm.serving.config import Limits
-from meshlm.serving.engine import Engine
-from meshlm.serving.errors import ApiError, error_headers, not_ready
-from meshlm.serving.metrics import Metrics
-from meshlm.serving.prompts import Vocabulary
-from meshlm.serving.protocol import (
+from meshlm.serving.api import compat
+from meshlm.serving.api.answers import Answer, Frame
+from meshlm.serving.api.bodies import read_object
+from meshlm.serving.api.chat import chat_choices, plan_chat
+from meshlm.serving.api.completions import completion_choices, plan_completion
+from meshlm.serving.api.errors import ApiError, error_headers, not_ready
+from meshlm.serving.api.prompts import Vocabulary
+from meshlm.serving.api.protocol import (
     AnyRequest,
     ChatRequest,
     CompletionRequest,
@@ -32,9 +29,12 @@ from meshlm.serving.protocol import (
     read_fields,
     shorten,
 )
-from meshlm.serving.schema import describe_body, describe_query, describe_schema
-from meshlm.serving.tokens import detokenize, tokenize, tokenizer_info
-from meshlm.serving.waiting import SEND_GRACE_S, EventStream, GoneError, Run, finish, to_json
+from meshlm.serving.api.schema import describe_body, describe_query, describe_schema
+from meshlm.serving.api.tokens import detokenize, tokenize, tokenizer_info
+from meshlm.serving.api.waiting import SEND_GRACE_S, EventStream, GoneError, Run, finish, to_json
+from meshlm.serving.config import Limits
+from meshlm.serving.engine import Engine
+from meshlm.serving.http.metrics import Metrics
 
 # Bodies from this length on are turned into tokens beside the event loop.
 _LONG_BYTES = 8192

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from meshlm.serving.plans import Plan
+from meshlm.serving.api.plans import Plan
 from meshlm.serving.requests import Event, Failed, Finished, Piece, TokenScore
 
 

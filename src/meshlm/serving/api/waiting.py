@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from meshlm.serving.answers import Answer
+from meshlm.serving.api.answers import Answer
+from meshlm.serving.api.errors import ApiError, failed, refused
 from meshlm.serving.engine import Engine, Submission
-from meshlm.serving.errors import ApiError, failed, refused
-from meshlm.serving.metrics import Metrics, RequestTimer
+from meshlm.serving.http.metrics import Metrics, RequestTimer
 from meshlm.serving.requests import (
-    BusyError,
     Event,
     Failed,
     Finished,
     NotReadyError,
     Piece,
+    QueueFullError,
     Request,
 )
 
@@ -31,6 +31,8 @@ QUEUE_INTERVAL_S = 1.0
 PING_INTERVAL_S = 15.0
 # A client that reads nothing for so long after the deadline is gone.
 SEND_GRACE_S = 30.0
+# Some clients take these for the end of a line, and so of an event.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 Result = TypeVar("Result")
 
@@ -52,7 +54,7 @@ class Events:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         try:
             self._submission: Submission = engine.submit(requests, self._hand_over)
-        except (BusyError, NotReadyError) as error:
+        except (QueueFullError, NotReadyError) as error:
             raise refused(error) from None
 
     def _hand_over(self, index: int, event: Event) -> None:
@@ -222,5 +224,6 @@ def to_event(value: Mapping[str, Any]) -> str:
 
 
 def to_json(value: Any) -> str:
-    """Returns JSON as it is sent; raises ValueError for a number that JSON has not."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Returns JSON as it is sent, in one line; raises ValueError for a number that JSON has not."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(_LINE_ENDS)

@@ -10,12 +10,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from meshlm.serving.api.errors import error_body, error_headers
+from meshlm.serving.api.refusals import LINGER_S, answer, refuse
 from meshlm.serving.config import Limits
-from meshlm.serving.errors import error_body, error_headers
-from meshlm.serving.guards import Cors, HostGuard, KeyGuard, Keys, is_open
-from meshlm.serving.logs import LineLog, describe
-from meshlm.serving.metrics import Metrics
-from meshlm.serving.refusals import LINGER_S, answer, refuse
+from meshlm.serving.http.guards import Cors, HostGuard, KeyGuard, Keys, is_open
+from meshlm.serving.http.logs import LineLog, describe
+from meshlm.serving.http.metrics import Metrics
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -96,6 +96,8 @@ class RequestLog:
     def _ended(self, scope: Scope, watched: "_Watched") -> None:
         status = watched.status or _NO_ANSWER
         self.metrics.responded(status)
+        if status < 400 and scope["path"].startswith("/static/"):
+            return  # some forty a visit, and they say nothing
         client = scope.get("client")
         self._write(
             "request",

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from meshlm.serving.errors import LOADING_RETRY_S
-from meshlm.serving.metrics import CONTENT_TYPE, Metrics
+from meshlm.serving.api.errors import LOADING_RETRY_S
+from meshlm.serving.http.metrics import CONTENT_TYPE, Metrics
 from meshlm.serving.requests import State
 
 _RETRY = {"Retry-After": str(LOADING_RETRY_S)}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from meshlm.serving.requests import BusyError, Failed, NotReadyError, State
+from meshlm.serving.requests import Failed, NotReadyError, QueueFullError, State
 
 BUSY_RETRY_S = 1
 """A queue moves on within about a second."""
@@ -110,9 +110,9 @@ def bad_field(param: str | None, message: str, *, code: str | None = None) -> Ap
     return ApiError(400, message, param=param, code=code, reason="invalid")
 
 
-def refused(error: BusyError | NotReadyError) -> ApiError:
+def refused(error: QueueFullError | NotReadyError) -> ApiError:
     """Returns the answer to a request that the engine did not take."""
-    if isinstance(error, BusyError):
+    if isinstance(error, QueueFullError):
         return ApiError(429, str(error), reason="queue_full")
     return not_ready(error.state, str(error))
 

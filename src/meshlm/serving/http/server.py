@@ -23,16 +23,16 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from meshlm.core.errors import BusyError, MeshLMError, UsageError
-from meshlm.serving.announcements import Announcements
-from meshlm.serving.app import create_app
+from meshlm.serving.api.app import create_app
 from meshlm.serving.config import EngineConfig, Limits
-from meshlm.serving.connections import connection_class
 from meshlm.serving.engine import Engine, Loaded
-from meshlm.serving.guards import Keys, is_loopback
-from meshlm.serving.logs import LineLog, LogLines
-from meshlm.serving.metrics import Metrics
-from meshlm.serving.middleware import protect
-from meshlm.serving.pages import own_routes, page_files
+from meshlm.serving.http.announcements import Announcements
+from meshlm.serving.http.connections import connection_class
+from meshlm.serving.http.guards import Keys, is_loopback
+from meshlm.serving.http.logs import LineLog, LogLines
+from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.http.middleware import protect
+from meshlm.serving.http.pages import own_routes, page_files
 from meshlm.serving.requests import State
 
 _POLL_S = 0.05

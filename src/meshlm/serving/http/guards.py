@@ -11,8 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meshlm.core.errors import UsageError
-from meshlm.serving.metrics import Metrics
-from meshlm.serving.refusals import refuse
+from meshlm.serving.api.refusals import refuse
+from meshlm.serving.http.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 STATIC = "/static/"
