@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from playwright.sync_api import Browser, expect, sync_playwright
 
@@ -16,6 +17,7 @@ from servers import Server
 from visits import Visit
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+Scheme = Literal["light", "dark"]
 WIDE = (1280, 800)
 NARROW = (320, 700)
 PROMPT = '''import os
@@ -40,7 +42,7 @@ def main(run: str) -> None:
         browser.close()
 
 
-def written(browser: Browser, server: Server, scheme: str, size: tuple[int, int]) -> Visit:
+def written(browser: Browser, server: Server, scheme: Scheme, size: tuple[int, int]) -> Visit:
     """A page on which the model has gone on from the prompt."""
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
@@ -64,7 +66,9 @@ def picture(visit: Visit, name: str) -> None:
     visit.page.context.close()
 
 
-def text(browser: Browser, server: Server, name: str, scheme: str, size: tuple[int, int]) -> None:
+def text(
+    browser: Browser, server: Server, name: str, scheme: Scheme, size: tuple[int, int]
+) -> None:
     """The text, with the model's part marked."""
     visit = written(browser, server, scheme, size)
     visit.page.evaluate("scrollTo(0, 0); document.getElementById('sheet').scrollTop = 0")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, ViewportSize, expect
 
 from servers import Server
 from visits import Visit
@@ -20,7 +20,7 @@ PROMPT = "the quick brown fox"
 def visit(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Visit]:
     """The page in each theme, narrow and wide."""
     scheme, width = request.param
-    size = {"width": width, "height": 800}
+    size = ViewportSize(width=width, height=800)
     with browser.new_context(viewport=size, color_scheme=scheme) as context:
         visit = Visit(context.new_page(), server.url).open()
         yield visit
