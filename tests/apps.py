@@ -101,7 +101,7 @@ class Broken:
     config = ENGINE
 
     def __init__(
-        self, *script: Any, state: State = "ready", is_loaded: bool = True, ahead: int = 0
+        self, *script: Any, state: State = "ready", is_loaded: bool = True, ahead: int | None = None
     ) -> None:
         self.script = script
         self.state = state

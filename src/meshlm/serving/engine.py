@@ -54,8 +54,8 @@ class Submission:
             sample.given_up = True
 
     @property
-    def ahead(self) -> int:
-        """How many samples wait before the first of these; 0 once it runs. Any thread."""
+    def ahead(self) -> int | None:
+        """How many samples wait before the first of these; None once it runs. Any thread."""
         return self._engine.ahead_of(self._samples[0])
 
 
@@ -143,11 +143,11 @@ class Engine:
             self._changed.notify_all()
         return Submission(self, samples)
 
-    def ahead_of(self, sample: Sample) -> int:
-        """Returns how many samples wait before this one."""
+    def ahead_of(self, sample: Sample) -> int | None:
+        """Returns how many samples wait before this one; None if it does not wait."""
         with self._lock:
             waiting = () if self._scheduler is None else self._scheduler.waiting
-            return next((i for i, other in enumerate(waiting) if other is sample), 0)
+            return next((i for i, other in enumerate(waiting) if other is sample), None)
 
     def drain(self) -> None:
         """Takes no more requests; the thread ends when those that are in have ended."""

@@ -71,8 +71,8 @@ class Events:
             return None
 
     @property
-    def ahead(self) -> int:
-        """How many samples wait before these."""
+    def ahead(self) -> int | None:
+        """How many samples wait before these; None once they run."""
         return self._submission.ahead
 
     def cancel(self) -> None:
@@ -208,7 +208,7 @@ class EventStream(Response):
             for part in parts or ():
                 yield to_event(part)
             quiet_s = quiet_s + QUEUE_INTERVAL_S if parts is None else 0.0
-            if parts is None and (ahead := events.ahead):
+            if parts is None and (ahead := events.ahead) is not None:
                 yield f": queued {ahead}\n\n"
             elif quiet_s >= PING_INTERVAL_S:
                 quiet_s = 0.0
