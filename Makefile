@@ -7,13 +7,13 @@
 #   TORCH="..."         pip arguments that name a CPU build of torch, for the parity tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test test-long check bench lock clean main-environment both-environments
+.PHONY: help install browser demo test test-long check bench bench-serve lock clean main-environment both-environments
 
 PYTHON_FILES := src tests bench environment launch
 ARGS ?=
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: main-environment ## make the environment in .venv; the command is .venv/bin/meshlm
 
@@ -37,6 +37,9 @@ check: main-environment ## check format, lint, types and the levels of the impor
 
 bench: both-environments ## train the same shape with MeshLM and with torch and compare
 	@.venv/bin/python bench/train.py $(ARGS)
+
+bench-serve: both-environments ## decode the same weights with MeshLM, torch and CTranslate2 and compare
+	@.venv/bin/python bench/serve.py $(ARGS)
 
 lock: ## write the locks again after a change of pyproject.toml (newest of all: ARGS=--upgrade)
 	@sh environment/prepare.sh lock $(ARGS)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from meshlm.core.kernels import Kernels, kernels
 from meshlm.core.platform import DeviceFacts, Flag, applied_flags, device_facts
 from meshlm.doctor.checks import Check, run_checks
 from meshlm.doctor.installed import Extra, Library, read_requirements, version
@@ -37,6 +38,8 @@ class Diagnosis:
     environment: dict[str, str]
     """The JAX_* variables in force, and those that limit threads or devices."""
     compile_cache: str | None
+    kernels: Kernels | None
+    """Whether decoding on the CPU has its kernels; None where JAX does not start or has others."""
     checks: Sequence[Check]
     problems: Sequence[str]
     """What stands in the way, each with its remedy."""
@@ -76,6 +79,7 @@ def diagnose() -> Diagnosis:
         flags=applied_flags(),
         environment=_environment(),
         compile_cache=_compile_cache(),
+        kernels=kernels() if devices is not None and devices.platform == "cpu" else None,
         checks=checks,
         problems=problems,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from meshlm.core.kernels import Kernels
 from meshlm.doctor.diagnosis import Diagnosis
 from meshlm.doctor.installed import Extra, Library
 from meshlm.doctor.machine import Machine, gib
@@ -49,7 +50,14 @@ def _jax_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if not diagnosis.flags:
         rows.append(("XLA flags", "none, and this JAX needs none"))
     rows += [("environment", f"{name}={value}") for name, value in diagnosis.environment.items()]
-    return [*rows, ("compile cache", diagnosis.compile_cache or "off")]
+    rows.append(("compile cache", diagnosis.compile_cache or "off"))
+    if diagnosis.kernels is not None:
+        rows.append(("CPU kernels", _kernels_text(diagnosis.kernels)))
+    return rows
+
+
+def _kernels_text(kernels: Kernels) -> str:
+    return kernels.detail if kernels.ready else f"none, decoding is slower: {kernels.detail}"
 
 
 def _library_text(library: Library) -> str:

@@ -14,8 +14,6 @@ MIN_PROMPT_BUCKET = 32
 MIN_CACHE_BUCKET = 64
 # A group of rows is decoded together; further rows wait for it.
 MAX_ROWS = 32
-# The products of a single row are made the fast way where they are (ops/cpu.py, ops/streamed.py).
-MIN_DECODE_ROWS = {"bfloat16": 1, "float32": 1}
 # Bounds the attention scores of prefill: rows x heads x length x length.
 MAX_PREFILL_TOKENS = 4096
 
@@ -35,9 +33,9 @@ def cache_bucket(num_places: int, context_length: int) -> int:
     return min(max(MIN_CACHE_BUCKET, power_of_two(num_places)), context_length)
 
 
-def row_bucket(num_rows: int, shards: int, least: int = 1) -> int:
-    """Returns the rows of a batch for `num_rows`, at least `least` on each of `shards` devices."""
-    return shards * power_of_two(max(least, -(-num_rows // shards)))
+def row_bucket(num_rows: int, shards: int) -> int:
+    """Returns the rows of a batch for `num_rows`, as many on each of `shards` devices."""
+    return shards * power_of_two(-(-num_rows // shards))
 
 
 def prefill_parts(

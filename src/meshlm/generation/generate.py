@@ -12,7 +12,6 @@ from meshlm.core.errors import UsageError
 from meshlm.generation import decode
 from meshlm.generation.buckets import (
     MAX_ROWS,
-    MIN_DECODE_ROWS,
     cache_bucket,
     prefill_parts,
     row_bucket,
@@ -97,8 +96,7 @@ class Generator:
     ) -> None:
         """Generates until all rows are done; they are decoded together."""
         model = self._model
-        least = MIN_DECODE_ROWS[model.shape.compute.dtype]
-        num_rows = row_bucket(len(rows), model.batch_shards, least)
+        num_rows = row_bucket(len(rows), model.batch_shards)
         state = self._prefill(rows, num_rows)
         options = _row_options(rows, num_rows, sampling, model.shape.config.vocab_size)
         end = None if sampling.ignore_end_of_text else self._end_of_text_id

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshlm.generation.buckets import MIN_DECODE_ROWS
 from meshlm.generation.decode import DecodeModel
 from meshlm.model.cache import Cache
 from meshlm.serving import steps
@@ -44,7 +43,7 @@ class Compiled:
         self.shape = model.shape
         self.chunk_sizes = chunk_sizes(chunk)
         self.place_sizes = place_sizes(self.shape.config.context_length, chunk)
-        self.row_sizes = row_sizes(slots, MIN_DECODE_ROWS[self.shape.compute.dtype])
+        self.row_sizes = row_sizes(slots)
         self._executables: dict[Key, Callable[..., Any]] = {}
 
     def __len__(self) -> int:
@@ -126,9 +125,9 @@ class Compiled:
             for new in self.place_sizes:
                 if new != places:
                     yield self._resizing("cache", keys, rows, new)
-        for places, new in itertools.product(self.place_sizes, self.place_sizes):
-            if 1 not in self.row_sizes or new == places:
-                yield self._resizing("cache", self._cache(places).layers[0].keys, 1, new)
+        # What a kept prompt is copied with; to other sizes it is that of a batch of one row.
+        for places in self.place_sizes:
+            yield self._resizing("cache", self._cache(places).layers[0].keys, 1, places)
         for rows in self.row_sizes:
             batch = self._batch(rows, self.place_sizes[0])
             for name in ("seen", "counts", "bias"):

@@ -37,11 +37,11 @@ def place_sizes(context_length: int, chunk: int) -> tuple[int, ...]:
     return (*sizes, last)
 
 
-def row_sizes(slots: int, least: int) -> tuple[int, ...]:
-    """Returns the numbers of rows of the batch, from `least` on, the last one enough for all."""
-    sizes = [least]
+def row_sizes(slots: int) -> tuple[int, ...]:
+    """Returns the numbers of rows of the batch, powers of two up to what is enough for all."""
+    sizes = [1]
     while sizes[-1] < slots:
-        sizes.append(min(2 * sizes[-1], max(slots, least)))
+        sizes.append(min(2 * sizes[-1], slots))
     return tuple(sizes)
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TextIO
 
+import jax
 from rich.console import Console
 from rich.status import Status
 
@@ -79,10 +80,12 @@ def describe(loaded: Loaded, config: EngineConfig) -> str:
     """Returns the model in words: its size, its type, and what serving takes in memory."""
     shape = loaded.model.shape
     model, dtype = shape.config, shape.compute.dtype
+    is_int8 = any(leaf.dtype == "int8" for leaf in jax.tree.leaves(loaded.model.params))
     places = config.slots * model.context_length
     numbers = 2 * model.num_layers * model.num_heads * model.head_dim * places
+    computing = "matrices in int8, the rest" if is_int8 else "computing"
     return (
-        f"{count_params(model):,} parameters, computing in {dtype}, "
+        f"{count_params(model):,} parameters, {computing} in {dtype}, "
         f"context {model.context_length:,}; {config.slots} slots, "
         f"up to {_size(numbers * _BYTES[dtype])} of keys and values"
     )
