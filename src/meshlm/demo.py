@@ -84,7 +84,10 @@ def _wants_page(console: Console) -> bool:
     """Returns what a person at a terminal says; nobody there is a no."""
     if not (console.is_terminal and sys.stdin.isatty()):
         return False
-    answer = console.input("Open its page now? It serves until Ctrl+C. \\[Y/n] ")
+    try:
+        answer = console.input("Open its page now? It serves until Ctrl+C. \\[Y/n] ")
+    except EOFError:
+        return False
     return answer.strip().lower() in ("", "y", "yes")
 
 

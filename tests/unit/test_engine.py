@@ -243,6 +243,13 @@ def test_penalties_and_biases_are_those_of_their_definition(engine, model, token
     assert Client(engine, plain).finish().tokens() != got
 
 
+def test_a_bias_of_minus_100_forbids(engine: Engine) -> None:
+    asked = Request(prompt=prompt(8), max_tokens=12, temperature=0, repetition_penalty=0.01)
+    repeated = Client(engine, asked).finish().tokens()[-1]
+    forbidden = dataclasses.replace(asked, logit_bias={repeated: -100.0})
+    assert repeated not in Client(engine, forbidden).finish().tokens()
+
+
 def test_stop_texts_end_it_and_stay_out(engine: Engine, tokenizer: Tokenizer) -> None:
     asked = Request(prompt=prompt(9), max_tokens=40, temperature=1.0, seed=5)
     whole = Client(engine, asked).finish()
@@ -355,6 +362,14 @@ def test_numbers_that_are_not_finite_fail_their_own_sample(tokenizer: Tokenizer)
     for index in (1, 2):
         assert isinstance(client.end(index), Finished)
         assert all(math.isfinite(score.log_prob) for score in client.scores(index))
+    # Nor does what begins like it, nor whoever has its row next.
+    common = (clean * 3)[:70]
+    scored = Request(prompt=(*common, poisoned, 2), max_tokens=0, score_prompt=True)
+    spoiled = Request(prompt=(*common, *clean[:20], poisoned), max_tokens=5)
+    ends = Client(engine, scored, spoiled).finish()
+    assert ends.end(0) == ends.end(1) == Failed("engine", "the model's output is not finite")
+    after = Request(prompt=(*common, 1, 2), max_tokens=9, temperature=0, logit_bias=bias)
+    assert isinstance(Client(engine, after).finish().end(), Finished)
     engine.drain()
     assert engine.join(TIMEOUT_S)
 

@@ -174,7 +174,8 @@ class Engine:
                 self._prepare()
                 with self._entered():
                     self._serve()
-        except Exception as error:
+        except BaseException as error:
+            # Whatever it is: nobody else sees this thread end, and its clients wait.
             _log.exception("the engine has failed")
             self._error = error
             with self._lock:

@@ -34,7 +34,7 @@ class Request:
     frequency_penalty: float = 0.0
     """Subtracted from the logits once for each time that the output has the token."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """Added to the logits of these ids; -100 or less forbids a token, see `sampling.py`."""
+    """Added to the logits of these ids; -100 or less forbids a token."""
     seed: int = 0
     """0 to 4294967295. The random numbers depend on it, on the two indices and on the position."""
     prompt_index: int = 0

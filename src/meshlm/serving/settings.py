@@ -15,6 +15,9 @@ from meshlm.serving.steps import RowSettings
 
 # What a row without a request computes with: greedy, which costs least.
 _NOBODY = Request(prompt=(0,), temperature=0.0)
+# What a bias of -100 or less adds: no penalty brings a logit back from there. Finite, so that a row
+# of which everything is forbidden still has numbers.
+_FORBIDDEN = -1e9
 
 
 def row_settings(requests: Sequence[Request | None], vocab_size: int) -> RowSettings:
@@ -49,8 +52,8 @@ def seen_row(request: Request, vocab_size: int) -> Bool[np.ndarray, "1 V"]:
 
 
 def bias_row(request: Request, vocab_size: int) -> Float[np.ndarray, "1 V"]:
-    """Returns what is added to each logit."""
+    """Returns what is added to each logit; OpenAI's API has -100 forbid a token."""
     bias = np.zeros((1, vocab_size), np.float32)
     for token, value in request.logit_bias.items():
-        bias[0, token] = value
+        bias[0, token] = value if value > -100 else _FORBIDDEN
     return bias

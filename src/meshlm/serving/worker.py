@@ -30,6 +30,7 @@ from meshlm.serving.scheduler import MIN_CHUNK, Job, Scheduler
 from meshlm.serving.stats import Counts
 
 _log = logging.getLogger(__name__)
+_NOT_FINITE = Failed("engine", "the model's output is not finite")
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,10 +129,13 @@ class Worker:
             sample.prefilled += len(chunk)
             if scores is not None:
                 count = request.alternatives
-                sample.prompt_scores += [scores.score(i, count) for i in range(len(following))]
+                found = [scores.score(i, count) for i in range(len(following))]
+                if not all(math.isfinite(score.log_prob) for score in found):
+                    self._end(sample, _NOT_FINITE)
+                    return len(chunk)
+                sample.prompt_scores += found
         sample.prefilled_as = prefilled
         if sample.prefilled == len(prompt):
-            self._prefixes.add(prompt, prefilled)
             self._start(sample, prefilled)
         return len(chunk)
 
@@ -159,8 +163,11 @@ class Worker:
         if request.max_tokens == 0:
             self._finish(sample, "length")
             return
-        chosen = self._runner.choose(prefilled, request)
-        self._take(sample, chosen.score(0, request.alternatives))
+        first = self._runner.choose(prefilled, request).score(0, request.alternatives)
+        if math.isfinite(first.log_prob):
+            # One that is not would spoil every prompt that begins alike.
+            self._prefixes.add(request.prompt, prefilled)
+        self._take(sample, first)
         with self._lock:
             if sample is not self._scheduler.prefilling:
                 return
@@ -195,7 +202,7 @@ class Worker:
     def _take(self, sample: Sample, score: TokenScore) -> None:
         """Gives a sample its next token, which may end it."""
         if not math.isfinite(score.log_prob):
-            self._end(sample, Failed("engine", "the model's output is not finite"))
+            self._end(sample, _NOT_FINITE)
             return
         request = sample.request
         sample.generated += 1
