@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -26,8 +29,12 @@ from apps import (
     until,
 )
 from meshlm.generation import Generation
+from meshlm.serving.api.waiting import to_json
 from meshlm.serving.config import Limits
+from meshlm.serving.http.guards import Keys
+from meshlm.serving.http.logs import LineLog
 from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.http.middleware import protect
 from meshlm.serving.requests import (
     Failed,
     FailureKind,
@@ -427,11 +434,57 @@ def test_bug() -> None:
     assert "secret" not in assert_error(response, 500, type="server_error")
 
 
-def test_no_number_that_json_has_not() -> None:
+def test_a_bug_is_in_the_log_under_its_id() -> None:
+    stream = io.StringIO()
+    log = LineLog(stream)
+    served = protect(
+        app(Broken(KeyError("secret"))), LIMITS, Metrics(), keys=Keys(()), hosts=None, log=log
+    )
+    response = Client(served).post("/v1/completions", {"prompt": "a"})
+    log.close()
+    assert "secret" not in assert_error(response, 500, code="internal_error")
+    failed, request = map(json.loads, stream.getvalue().splitlines())
+    assert (failed["event"], failed["error"]) == ("failed", "KeyError")
+    assert "apps.py" in failed["where"][-1]
+    assert failed["id"] == request["id"] == response.headers["x-request-id"]
+
+
+def test_no_number_that_json_has_not(caplog: pytest.LogCaptureFixture) -> None:
     """A model that computes NaN makes an error, not a body that nobody can read."""
     script = (Piece((TokenScore(5, math.nan),), "x"), Finished("length", 0))
     fields = {"prompt": "a", "logprobs": 1}
-    assert_error(Client(app(Broken(*script))).post("/v1/completions", fields), 500)
+    client = Client(app(Broken(*script)))
+    assert_error(client.post("/v1/completions", fields), 500)
+    broken = client.stream(**fields)
+    assert broken[-1]["error"]["code"] == "internal_error"
+    record = caplog.records[-1]
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ValueError
+
+
+def test_long_answers_are_written_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def spied(value: Any) -> str:
+        threads.append(threading.current_thread())
+        return to_json(value)
+
+    monkeypatch.setattr("meshlm.serving.api.waiting.to_json", spied)
+    tokens = [TokenScore(5, -0.5)] * 600
+    script = (Piece(tuple(tokens), "\x85x\u2028y\u2029" * 200), Finished("length", 0))
+    served = Client(app(Broken(*script)))
+    response = served.post("/v1/completions", {"prompt": "a", "logprobs": 1, "max_tokens": 60})
+    assert not any(end in response.text for end in "\x85\u2028\u2029")
+    assert response.json()["choices"][0]["text"] == "\x85x\u2028y\u2029" * 200
+    assert response.json()["usage"]["completion_tokens"] == 600
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+def test_long_json_is_written_fast() -> None:
+    begin_s = time.process_time()
+    assert len(to_json("é\u2028" * 2_000_000)) == 14_000_002
+    assert time.process_time() - begin_s < 0.7
 
 
 def test_metrics() -> None:
@@ -556,6 +609,16 @@ def test_full_queue() -> None:
         await until(lambda: engine().stats.running + engine().stats.waiting == 0)
 
     asyncio.run(check())
+
+
+def test_more_samples_than_there_is_ever_room_for() -> None:
+    room = ENGINE.slots + ENGINE.max_queue
+    client = Client(app(limits=Limits(max_n=room + 1)))
+    limits = client.get("/version?limits=1").json()["limits"]
+    assert limits["max_samples"] == room
+    message = assert_error(client.post("/v1/completions", {"n": room + 1}), 400, param="n")
+    assert f"at most {room} " in message
+    assert len(client.complete(n=room, max_tokens=1)["choices"]) == room
 
 
 def test_comments_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:

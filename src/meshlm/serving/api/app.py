@@ -18,7 +18,7 @@ from meshlm.serving.api.answers import Answer, Frame
 from meshlm.serving.api.bodies import read_object
 from meshlm.serving.api.chat import chat_choices, plan_chat
 from meshlm.serving.api.completions import completion_choices, plan_completion
-from meshlm.serving.api.errors import ApiError, error_headers, not_ready
+from meshlm.serving.api.errors import ApiError, bug, error_headers, not_ready
 from meshlm.serving.api.prompts import Vocabulary
 from meshlm.serving.api.protocol import (
     AnyRequest,
@@ -31,7 +31,15 @@ from meshlm.serving.api.protocol import (
 )
 from meshlm.serving.api.schema import describe_body, describe_query, describe_schema
 from meshlm.serving.api.tokens import detokenize, tokenize, tokenizer_info
-from meshlm.serving.api.waiting import SEND_GRACE_S, EventStream, GoneError, Run, finish, to_json
+from meshlm.serving.api.waiting import (
+    SEND_GRACE_S,
+    EventStream,
+    GoneError,
+    Run,
+    finish,
+    to_json,
+    whole_json,
+)
 from meshlm.serving.config import Limits
 from meshlm.serving.engine import Engine
 from meshlm.serving.http.metrics import Metrics
@@ -63,6 +71,9 @@ def create_app(
         chat_template: whether there is /v1/chat/completions, with the plain template.
     """
     version = importlib.metadata.version("meshlm")
+    # A request of more would find the queue full for ever.
+    room = engine.config.slots + engine.config.max_queue
+    limits = dataclasses.replace(limits, max_samples=min(limits.max_samples, room))
     api = _Api(engine, limits, model_id, created, fingerprint, chat_template, metrics, version)
     app = FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = functools.cache(lambda: describe_schema(app, version))
@@ -165,7 +176,8 @@ class _Api:
         """Returns the text of token ids."""
         vocabulary = self._vocabulary()
         data = await read_object(request, self.limits, vocabulary.context_length)
-        return _json(detokenize(self._read(DetokenizeRequest, data), vocabulary))
+        fields = self._read(DetokenizeRequest, data)
+        return _json(await _off_loop(request, lambda: detokenize(fields, vocabulary)))
 
     async def tokenizer_info(self) -> Response:
         """Returns the special tokens and the sizes."""
@@ -216,16 +228,18 @@ class _Api:
 
     async def on_bug(self, request: Request, error: Exception) -> Response:
         """Answers a request that met a bug; the server's log says which."""
-        return _json(ApiError(500, "an error in the server").body, 500, error_headers(500))
+        failure = bug()
+        return _json(failure.body, failure.status, failure.headers)
 
     async def _respond(self, request: Request, answer: Answer) -> Response:
         run = Run(self.engine, answer, self.metrics)
         if answer.plan.stream:
             return EventStream(run, self.limits.request_timeout_s + SEND_GRACE_S)
         try:
-            return _json((await finish(run, request.receive)).whole())
+            answer = await finish(run, request.receive)
         except GoneError:
             return Response(status_code=_GONE)
+        return Response(await whole_json(answer), media_type="application/json")
 
     async def _wait_for(
         self, request: Request, answer: Answer, show: Callable[[str], Any]

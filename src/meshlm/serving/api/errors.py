@@ -110,6 +110,11 @@ def bad_field(param: str | None, message: str, *, code: str | None = None) -> Ap
     return ApiError(400, message, param=param, code=code, reason="invalid")
 
 
+def bug() -> ApiError:
+    """Returns the 500 of an error that nobody foresaw; the log has it under the request's id."""
+    return ApiError(500, "The server failed; its log has the cause under this request's id.")
+
+
 def refused(error: QueueFullError | NotReadyError) -> ApiError:
     """Returns the answer to a request that the engine did not take."""
     if isinstance(error, QueueFullError):

@@ -7,6 +7,7 @@ nothing else notices a client that goes away while its request waits.
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from meshlm.serving.api.answers import Answer
-from meshlm.serving.api.errors import ApiError, failed, refused
+from meshlm.serving.api.errors import ApiError, bug, failed, refused
 from meshlm.serving.engine import Engine, Submission
 from meshlm.serving.http.metrics import Metrics, RequestTimer
 from meshlm.serving.requests import (
@@ -31,8 +32,10 @@ QUEUE_INTERVAL_S = 1.0
 PING_INTERVAL_S = 15.0
 # A client that reads nothing for so long after the deadline is gone.
 SEND_GRACE_S = 30.0
-# Some clients take these for the end of a line, and so of an event.
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+# An answer of more tokens is written beside the event loop.
+_MANY_TOKENS = 512
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -174,27 +177,32 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it; a client that goes away, or takes nothing, frees what it holds."""
+        request_id = scope.get("state", {}).get("request_id")
         try:
             async with asyncio.timeout(self._patience_s):
-                await until_gone(receive, self._send_all(send))
+                await until_gone(receive, self._send_all(send, request_id))
         except (GoneError, TimeoutError):
             pass
         finally:
             self._run.close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, request_id: str | None) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
-        async for text in self._texts():
+        async for text in self._texts(request_id):
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _texts(self) -> AsyncIterator[str]:
+    async def _texts(self, request_id: str | None) -> AsyncIterator[str]:
         try:
             async for text in self._events():
                 yield text
         except ApiError as error:
             yield to_event(error.body)
+        except Exception:
+            # The status went out already: the client can only be told in the stream.
+            _log.exception("a stream failed, request %s", request_id)
+            yield to_event(bug().body)
         yield "data: [DONE]\n\n"
 
     async def _events(self) -> AsyncIterator[str]:
@@ -223,7 +231,24 @@ def to_event(value: Mapping[str, Any]) -> str:
     return f"data: {to_json(value)}\n\n"
 
 
+async def whole_json(answer: Answer) -> bytes:
+    """Returns an answer that is done as JSON; a long one is written beside the event loop."""
+    is_long = answer.usage()["total_tokens"] > _MANY_TOKENS
+    return await asyncio.to_thread(_write, answer) if is_long else _write(answer)
+
+
+def _write(answer: Answer) -> bytes:
+    whole = answer.whole()
+    # One by one: json lets no other thread run while it writes a value.
+    choices = ",".join([to_json(choice) for choice in whole.pop("choices")])
+    return f'{to_json(whole)[:-1]},"choices":[{choices}]}}'.encode()
+
+
 def to_json(value: Any) -> str:
     """Returns JSON as it is sent, in one line; raises ValueError for a number that JSON has not."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.translate(_LINE_ENDS)
+    # Some clients take these for the end of a line, and so of an event. `translate` would take
+    # seconds for a long answer.
+    for end, escaped in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(end, escaped)
+    return text

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from meshlm.serving.api.errors import error_body, error_headers
+from meshlm.serving.api.errors import bug, error_body, error_headers
 from meshlm.serving.api.refusals import LINGER_S, answer, refuse
 from meshlm.serving.config import Limits
 from meshlm.serving.http.guards import Cors, HostGuard, KeyGuard, Keys, is_open
@@ -84,12 +84,11 @@ class RequestLog:
         try:
             await self.app(scope, receive, watched.send)
         except Exception as error:
-            if watched.status:
-                # Too late to say so. The connection is cut, and uvicorn's log has the error.
-                raise
             self._write("failed", id=watched.request_id, **describe(error))
-            message = "The server failed; its log has the cause under this request's id."
-            await refuse(watched.send, 500, message)
+            if watched.status:
+                # The routes have answered with a 500, or it is too late to: the connection is cut.
+                raise
+            await refuse(watched.send, 500, str(bug()))
         finally:
             self._ended(scope, watched)
 
