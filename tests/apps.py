@@ -24,7 +24,7 @@ from meshlm.generation.profiles import numerics
 from meshlm.serving.api.app import create_app
 from meshlm.serving.config import EngineConfig, Limits
 from meshlm.serving.engine import Engine, Loaded
-from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.metrics import Metrics
 from meshlm.serving.requests import OnEvent, Request, State
 from tiny import CONFIG, F32, draw_params
 

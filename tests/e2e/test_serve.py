@@ -18,8 +18,8 @@ import pytest
 from meshlm.serving.config import EngineConfig, Limits
 from meshlm.serving.engine import Engine
 from meshlm.serving.http.guards import OPEN_PATHS
-from meshlm.serving.http.metrics import Metrics
 from meshlm.serving.http.server import Condition, ServeOptions, make_app
+from meshlm.serving.metrics import Metrics
 from runs import one_line
 from servers import Server, events, write_checkpoint
 

@@ -33,8 +33,8 @@ from meshlm.serving.api.waiting import to_json
 from meshlm.serving.config import Limits
 from meshlm.serving.http.guards import Keys
 from meshlm.serving.http.logs import LineLog
-from meshlm.serving.http.metrics import Metrics
 from meshlm.serving.http.middleware import protect
+from meshlm.serving.metrics import Metrics
 from meshlm.serving.requests import (
     Failed,
     FailureKind,
@@ -484,7 +484,7 @@ def test_long_answers_are_written_off_the_loop(monkeypatch: pytest.MonkeyPatch) 
 def test_long_json_is_written_fast() -> None:
     begin_s = time.process_time()
     assert len(to_json("é\u2028" * 2_000_000)) == 14_000_002
-    assert time.process_time() - begin_s < 0.7
+    assert time.process_time() - begin_s < 0.2
 
 
 def test_metrics() -> None:

@@ -15,12 +15,12 @@ from apps import CONTEXT, tokenizer
 from meshlm.serving.api.answers import Answer, Frame
 from meshlm.serving.api.chat import chat_choices, plan_chat, render
 from meshlm.serving.api.completions import completion_choices, plan_completion
-from meshlm.serving.api.errors import ApiError
 from meshlm.serving.api.logprobs import token_name
 from meshlm.serving.api.plans import Plan
 from meshlm.serving.api.prompts import Vocabulary
 from meshlm.serving.api.protocol import ChatRequest, CompletionRequest, read_fields
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import ApiError
 from meshlm.serving.requests import Event, Finished, Piece, PromptScores, Request, TokenScore
 
 LIMITS = Limits()

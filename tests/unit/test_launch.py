@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from meshlm.serving.config import Limits
-from meshlm.serving.http.metrics import FINISHED, REJECTED, Metrics
+from meshlm.serving.metrics import FINISHED, REJECTED, Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"

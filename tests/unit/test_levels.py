@@ -114,6 +114,13 @@ def test_scheduler_does_without_jax() -> None:
         assert roots.isdisjoint({"jax", "jaxlib", "numpy"})
 
 
+def test_the_api_does_without_the_server_around_it() -> None:
+    paths = [*(PACKAGE / "serving").glob("*.py"), *(PACKAGE / "serving" / "api").glob("*.py")]
+    assert len(paths) > 20
+    for path in paths:
+        assert "meshlm.serving.http" not in ast.unparse(ast.parse(path.read_text())), path
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [

@@ -17,8 +17,8 @@ from meshlm.serving.config import Limits
 from meshlm.serving.http import middleware
 from meshlm.serving.http.guards import Keys, host_name, is_loopback
 from meshlm.serving.http.logs import LineLog
-from meshlm.serving.http.metrics import Metrics
 from meshlm.serving.http.middleware import CONTENT_SECURITY_POLICY, protect
+from meshlm.serving.metrics import Metrics
 
 LIMITS = Limits(max_body_bytes=1000, body_timeout_s=0.1)
 NO_KEYS = Keys(())
@@ -221,6 +221,60 @@ def test_a_declared_body_is_refused_unread(length):
     headers = [("Content-Length", length)]
     answer = ask(protected(App()), method="POST", headers=headers, chunks=[b"x" * 100] * 20)
     assert (answer.status, answer.taken) == (413, 0)
+
+
+def test_bodies_of_all_requests_are_bounded(monkeypatch):
+    """Two fit, begun or given to a route; the third does not until one of them is over."""
+    monkeypatch.setattr(middleware, "LINGER_S", 0)
+    limits = Limits(max_body_bytes=1000, max_bodies_bytes=2000)
+    metrics = Metrics()
+    headers = [(b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+
+    async def check():
+        over = asyncio.Event()
+
+        async def app(scope, receive, send):
+            assert (await receive())["body"] == b"x" * 1000
+            await over.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"yes"})
+
+        served = protect(app, limits, metrics, keys=NO_KEYS, hosts=None)
+
+        async def visit(answer, *, stalls):
+            messages = [{"type": "http.request", "body": b"x" * 1000, "more_body": stalls}]
+
+            async def receive():
+                if messages:
+                    return messages.pop()
+                await over.wait()
+                return {"type": "http.disconnect"}
+
+            await served(dict(scope), receive, answer.send)
+
+        first, second, third, fourth = (Answer() for _ in range(4))
+        visits = [
+            asyncio.create_task(visit(first, stalls=False)),
+            asyncio.create_task(visit(second, stalls=True)),
+        ]
+        await asyncio.sleep(0)
+        await visit(third, stalls=False)
+        assert (third.status, third.error["code"]) == (503, "too_many_bodies")
+        assert third.headers["retry-after"] == "1"
+        over.set()
+        await asyncio.gather(*visits)
+        assert (first.status, second.status) == (200, 0)
+        await visit(fourth, stalls=False)
+        assert fourth.status == 200
+
+    asyncio.run(check())
+    assert b'rejected_total{reason="bodies"} 1.0' in metrics.render()
+
+
+def test_one_body_fits_into_all():
+    with pytest.raises(UsageError, match=r"--max-bodies-bytes 999: .* --max-body-bytes 1000"):
+        Limits(max_body_bytes=1000, max_bodies_bytes=999)
 
 
 def test_a_slow_body_is_given_up():

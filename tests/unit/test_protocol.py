@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from apps import CONTEXT, tokenizer
 from meshlm.serving.api.bodies import MAX_DEPTH, parse_object
-from meshlm.serving.api.errors import ApiError
 from meshlm.serving.api.prompts import Vocabulary, read_prompts
 from meshlm.serving.api.protocol import (
     ChatRequest,
@@ -25,6 +24,7 @@ from meshlm.serving.api.protocol import (
     read_stop,
 )
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import ApiError
 
 LIMITS = Limits()
 SCALARS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from meshlm.serving.http.metrics import FINISHED, REJECTED, Metrics
+from meshlm.serving.metrics import FINISHED, REJECTED, Metrics
 from meshlm.serving.stats import Stats
 
 

@@ -19,8 +19,8 @@ from meshlm.generation.profiles import Dtype, Profile, Quantization
 from meshlm.serving.config import EngineConfig, Limits
 from meshlm.serving.engine import Loaded
 from meshlm.serving.http.fingerprint import fingerprint
-from meshlm.serving.http.guards import Keys
-from meshlm.serving.http.server import ServeOptions, local_only, serve
+from meshlm.serving.http.guards import Keys, is_loopback
+from meshlm.serving.http.server import ServeOptions, serve
 
 EXAMPLES = (
     "meshlm serve runs/first --open",
@@ -85,7 +85,7 @@ def run(config: Config) -> int:
     # Until the server listens there is nothing to drain.
     signal.signal(signal.SIGTERM, _stop)
     keys = Keys(_keys(config))
-    if not local_only(config.host) and not len(keys) and not config.insecure:
+    if not is_loopback(config.host) and not len(keys) and not config.insecure:
         raise UsageError(
             f"--host {config.host} can be reached by others: give --api-key-file FILE, "
             "or --insecure to serve everybody"

@@ -11,7 +11,9 @@ runner.py      the batch on the device, and prompts on their way into it
 worker.py      one turn: give up, run prompts, take a step
 engine.py      the one thread that owns the device
 stats.py       its counts
+errors.py      OpenAI's error body and headers
+metrics.py     the numbers for Prometheus
 api/           what HTTP asks, and what it is answered
-http/          the server around the API
+http/          the server around the API, which knows nothing of it
 static/        the page
 """

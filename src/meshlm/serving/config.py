@@ -32,6 +32,8 @@ class Limits:
 
     max_body_bytes: int = 2 << 20
     """Largest request body; more is refused with 413."""
+    max_bodies_bytes: int = 256 << 20
+    """All bodies of the requests that are in; more are refused with 503."""
     max_prompts: int = 64
     """Prompts of one request."""
     max_n: int = 16
@@ -65,6 +67,11 @@ class Limits:
         for field in dataclasses.fields(self):
             least = 0 if field.name in ("drain_s", "max_logprobs", "max_logit_bias") else 1e-3
             _at_least(self, field.name, least)
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise UsageError(
+                f"--max-bodies-bytes {self.max_bodies_bytes}: give at least what one body may "
+                f"have, --max-body-bytes {self.max_body_bytes}"
+            )
         if self.max_logprobs > MAX_ALTERNATIVES:
             raise UsageError(f"--max-logprobs {self.max_logprobs}: give at most {MAX_ALTERNATIVES}")
 

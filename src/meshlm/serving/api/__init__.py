@@ -1,8 +1,7 @@
 """The API: what HTTP asks, turned into requests to the engine, and its events into answers.
 
-errors.py      OpenAI's error body and headers
 bodies.py      a request's body to a JSON object, within bounds
-protocol.py    the requests' fields, types and bounds; refusals.py says what is wrong with them
+protocol.py    the requests' fields, types and bounds, and what is wrong with them
 prompts.py     the four forms of a prompt to token ids
 plans.py       fields to requests to the engine
 answers.py     the engine's events to an answer, streamed or whole; pure

@@ -18,7 +18,6 @@ from meshlm.serving.api.answers import Answer, Frame
 from meshlm.serving.api.bodies import read_object
 from meshlm.serving.api.chat import chat_choices, plan_chat
 from meshlm.serving.api.completions import completion_choices, plan_completion
-from meshlm.serving.api.errors import ApiError, bug, error_headers, not_ready
 from meshlm.serving.api.prompts import Vocabulary
 from meshlm.serving.api.protocol import (
     AnyRequest,
@@ -42,7 +41,8 @@ from meshlm.serving.api.waiting import (
 )
 from meshlm.serving.config import Limits
 from meshlm.serving.engine import Engine
-from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.errors import ApiError, bug, error_headers, not_ready
+from meshlm.serving.metrics import Metrics
 
 # Bodies from this length on are turned into tokens beside the event loop.
 _LONG_BYTES = 8192

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from meshlm.serving.api.errors import ApiError, bad_field
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import ApiError, bad_field
 
 MAX_DEPTH = 32
 # Lists and objects; prompts come on top.

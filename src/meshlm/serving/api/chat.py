@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshlm.data.tokenizer import Tokenizer
-from meshlm.serving.api.errors import bad_field
 from meshlm.serving.api.logprobs import chat_logprobs
 from meshlm.serving.api.plans import Plan, Wanted, make_plan
 from meshlm.serving.api.prompts import Prompt, Vocabulary, check_fits, encode_text
 from meshlm.serving.api.protocol import ChatMessage, ChatRequest, check_range, check_sampling
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import bad_field
 from meshlm.serving.requests import Event, TokenScore
 
 _ROLES = {"user": "User: ", "assistant": "Assistant: "}

@@ -10,11 +10,11 @@ from typing import Any
 
 from meshlm.serving.api.answers import Answer, Frame
 from meshlm.serving.api.completions import completion_choices
-from meshlm.serving.api.errors import ApiError, bad_field, error_headers
 from meshlm.serving.api.plans import Plan, Wanted, make_plan
 from meshlm.serving.api.prompts import Vocabulary, check_fits, read_prompts
 from meshlm.serving.api.protocol import CompletionRequest, check_sampling, read_fields, shorten
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import ApiError, bad_field, error_headers
 
 COMPLETE_TOKENS = 256
 """The original's server generated as many, always."""

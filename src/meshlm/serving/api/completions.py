@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshlm.data.tokenizer import Tokenizer
-from meshlm.serving.api.errors import bad_field
 from meshlm.serving.api.logprobs import CompletionLogprobs
 from meshlm.serving.api.plans import Plan, Wanted, make_plan
 from meshlm.serving.api.prompts import Prompt, Vocabulary, check_fits, read_prompts
 from meshlm.serving.api.protocol import CompletionRequest, check_range, check_sampling
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import bad_field
 from meshlm.serving.requests import Event, PromptScores, TokenScore
 
 DEFAULT_MAX_TOKENS = 16

@@ -5,10 +5,10 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from meshlm.serving.api.errors import bad_field
 from meshlm.serving.api.prompts import Prompt, Vocabulary
 from meshlm.serving.api.protocol import SamplingFields, read_logit_bias, read_stop
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import bad_field
 from meshlm.serving.requests import Request
 
 # The most probable token always reaches it, for no vocabulary has so many tokens. A float32 that is

@@ -5,10 +5,10 @@ from typing import Any
 
 from meshlm.core.errors import BadInputError
 from meshlm.data.tokenizer import Tokenizer
-from meshlm.serving.api.errors import ApiError, bad_field
 from meshlm.serving.api.protocol import shorten
 from meshlm.serving.config import Limits
 from meshlm.serving.engine import Loaded
+from meshlm.serving.errors import ApiError, bad_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, WithJsonSchema
 
-from meshlm.serving.api.errors import ApiError, bad_field
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import ApiError, bad_field
 
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}

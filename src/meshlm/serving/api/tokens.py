@@ -3,10 +3,10 @@
 from typing import Any
 
 from meshlm.data.tokenizer import END_OF_TEXT
-from meshlm.serving.api.errors import bad_field
 from meshlm.serving.api.logprobs import token_name
 from meshlm.serving.api.prompts import Vocabulary, check_ids, encode_text
 from meshlm.serving.api.protocol import DetokenizeRequest, TokenizeRequest
+from meshlm.serving.errors import bad_field
 
 
 def tokenize(request: TokenizeRequest, vocabulary: Vocabulary) -> dict[str, Any]:

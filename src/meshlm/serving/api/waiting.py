@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from meshlm.serving.api.answers import Answer
-from meshlm.serving.api.errors import ApiError, bug, failed, refused
 from meshlm.serving.engine import Engine, Submission
-from meshlm.serving.http.metrics import Metrics, RequestTimer
+from meshlm.serving.errors import ApiError, bug, failed, refused
+from meshlm.serving.metrics import Metrics, RequestTimer
 from meshlm.serving.requests import (
     Event,
     Failed,

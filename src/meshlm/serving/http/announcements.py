@@ -57,10 +57,6 @@ class Announcements:
         else:
             self._say("stopping")
 
-    def say(self, line: str) -> None:
-        """Says something else."""
-        self._say(line)
-
     def close(self) -> None:
         """Ends the moving line."""
         if self._status is not None:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from meshlm.serving.api.errors import error_body, error_headers
-from meshlm.serving.api.refusals import LINGER_S
 from meshlm.serving.config import Limits
-from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.errors import error_body, error_headers
+from meshlm.serving.http.refusals import LINGER_S
+from meshlm.serving.metrics import Metrics
 
 # Read at once; asyncio's own 256 KiB would be what a refused body is read too far.
 _READ_BYTES = 16 << 10

@@ -11,8 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meshlm.core.errors import UsageError
-from meshlm.serving.api.refusals import refuse
-from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.http.refusals import refuse
+from meshlm.serving.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 STATIC = "/static/"
@@ -196,6 +196,7 @@ def host_name(host: str) -> str:
 
 def is_loopback(name: str) -> bool:
     """Returns whether a name or address can only mean this machine."""
+    name = name.lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

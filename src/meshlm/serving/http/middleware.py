@@ -1,6 +1,7 @@
 """What every request passes before the routes and every answer after them. Pure ASGI."""
 
 import asyncio
+import dataclasses
 import re
 import time
 import uuid
@@ -10,12 +11,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from meshlm.serving.api.errors import bug, error_body, error_headers
-from meshlm.serving.api.refusals import LINGER_S, answer, refuse
 from meshlm.serving.config import Limits
+from meshlm.serving.errors import BUSY_RETRY_S, bug, error_body, error_headers
 from meshlm.serving.http.guards import Cors, HostGuard, KeyGuard, Keys, is_open
 from meshlm.serving.http.logs import LineLog, describe
-from meshlm.serving.http.metrics import Metrics
+from meshlm.serving.http.refusals import LINGER_S, answer, refuse
+from meshlm.serving.metrics import Metrics
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -160,11 +161,15 @@ class DrainGate:
 
 
 class BodyLimit:
-    """Reads the body before the routes do: not more than the limit, not longer than its time."""
+    """Reads the body before the routes do: not more than the limit, not longer than its time.
+
+    All bodies together have a bound too, each from its first byte to the end of its request.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         """Guards `app`."""
         self.app, self.limits, self.metrics = app, limits, metrics
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request. What Content-Length says may be a lie: the bytes are counted."""
@@ -174,35 +179,63 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         if not length.isdecimal() or int(length[:20]) > self.limits.max_body_bytes:
-            await self._refuse_large(send)
+            await self._refuse("too_large", send)
             return
-        body = bytearray()
+        body = _Body()
+        try:
+            reason = await self._read(body, receive)
+            if reason is None:
+                await self.app(scope, _replayed(body, receive), send)
+        finally:
+            self._held_bytes -= body.size
+        if reason is not None and reason != "gone":
+            await self._refuse(reason, send)
+
+    async def _read(self, body: "_Body", receive: Receive) -> str | None:
+        """Returns why the body is not taken, None where it came whole."""
         try:
             async with asyncio.timeout(self.limits.body_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return
-                    body += message.get("body", b"")
-                    if len(body) > self.limits.max_body_bytes or not message.get("more_body"):
-                        break
+                        return "gone"
+                    part = message.get("body", b"")
+                    body.data += part
+                    body.size += len(part)
+                    self._held_bytes += len(part)
+                    if body.size > self.limits.max_body_bytes:
+                        return "too_large"
+                    if self._held_bytes > self.limits.max_bodies_bytes:
+                        return "bodies"
+                    if not message.get("more_body"):
+                        return None
         except TimeoutError:
-            self.metrics.rejected("slow")
-            seconds = f"{self.limits.body_timeout_s:g}"
-            await _refuse_early(send, 408, f"The request's body took over {seconds} s to arrive.")
-            return
-        if len(body) > self.limits.max_body_bytes:
-            await self._refuse_large(send)
-            return
-        await self.app(scope, _replayed(bytes(body), receive), send)
+            return "slow"
 
-    async def _refuse_large(self, send: Send) -> None:
-        self.metrics.rejected("too_large")
-        limit = f"{self.limits.max_body_bytes:,}"
-        await _refuse_early(send, 413, f"The request's body is over {limit} bytes: send less.")
+    async def _refuse(self, reason: str, send: Send) -> None:
+        self.metrics.rejected(reason)
+        limits = self.limits
+        if reason == "slow":
+            message = f"The request's body took over {limits.body_timeout_s:g} s to arrive."
+            await _refuse_early(send, 408, message)
+        elif reason == "bodies":
+            message = "The bodies of all requests now are too much memory: try again soon."
+            await _refuse_early(send, 503, message, code="too_many_bodies")
+        else:
+            message = f"The request's body is over {limits.max_body_bytes:,} bytes: send less."
+            await _refuse_early(send, 413, message)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+@dataclasses.dataclass
+class _Body:
+    """What came of a body."""
+
+    data: bytearray = dataclasses.field(default_factory=bytearray)
+    size: int = 0
+    """How long it is, also when the routes have taken it."""
+
+
+def _replayed(body: _Body, receive: Receive) -> Receive:
     """Gives the whole body once, then what comes after it: that the client went away."""
     given = False
 
@@ -211,15 +244,17 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         if given:
             return await receive()
         given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        data = bytes(body.data)
+        body.data.clear()
+        return {"type": "http.request", "body": data, "more_body": False}
 
     return replayed
 
 
-async def _refuse_early(send: Send, status: int, message: str) -> None:
+async def _refuse_early(send: Send, status: int, message: str, *, code: str | None = None) -> None:
     """Answers while the client still sends, and closes; see LINGER_S."""
-    headers = {**error_headers(status), "connection": "close"}
-    start, body = answer(status, error_body(status, message), headers)
+    headers = {**error_headers(status, retry_after_s=BUSY_RETRY_S), "connection": "close"}
+    start, body = answer(status, error_body(status, message, code=code), headers)
     await send(start)
     await send({"type": "http.response.body", "body": body, "more_body": True})
     await asyncio.sleep(LINGER_S)

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from meshlm.serving.api.errors import LOADING_RETRY_S
-from meshlm.serving.http.metrics import CONTENT_TYPE, Metrics
+from meshlm.serving.errors import LOADING_RETRY_S
+from meshlm.serving.metrics import CONTENT_TYPE, Metrics
 from meshlm.serving.requests import State
 
 _RETRY = {"Retry-After": str(LOADING_RETRY_S)}
@@ -32,7 +32,7 @@ _MEDIA_TYPES = {
 }
 
 
-class Condition(Protocol):
+class Health(Protocol):
     """What health depends on."""
 
     @property
@@ -70,7 +70,7 @@ def page_files() -> dict[str, PageFile]:
 
 
 def own_routes(
-    condition: Condition, metrics: Metrics, files: Mapping[str, PageFile]
+    condition: Health, metrics: Metrics, files: Mapping[str, PageFile]
 ) -> Sequence[Route]:
     """Returns the routes /health, /ready, /metrics, / and /static/NAME."""
 
@@ -105,7 +105,7 @@ def own_routes(
     ]
 
 
-def _unwell(condition: Condition) -> Response:
+def _unwell(condition: Health) -> Response:
     """Returns llama.cpp's body, which clients look for, and beside it what is done now."""
     state = condition.state
     words = _WORDS.get(state, "Not ready")

@@ -30,9 +30,9 @@ from meshlm.serving.http.announcements import Announcements
 from meshlm.serving.http.connections import connection_class
 from meshlm.serving.http.guards import Keys, is_loopback
 from meshlm.serving.http.logs import LineLog, LogLines
-from meshlm.serving.http.metrics import Metrics
 from meshlm.serving.http.middleware import protect
 from meshlm.serving.http.pages import own_routes, page_files
+from meshlm.serving.metrics import Metrics
 from meshlm.serving.requests import State
 
 _POLL_S = 0.05
@@ -146,11 +146,6 @@ def make_app(
     return app
 
 
-def local_only(host: str) -> bool:
-    """Returns whether only this machine reaches that address."""
-    return is_loopback(host.lower())
-
-
 class Condition:
     """What the server does now: as its engine, unless it was told to stop."""
 
@@ -212,7 +207,7 @@ class _Server:
     def _guarded(self, app: ASGIApp, metrics: Metrics) -> ASGIApp:
         options = self.options
         # A server for this machine alone is asked for by this machine's names alone.
-        bound = bool(options.allowed_hosts) or local_only(options.host)
+        bound = bool(options.allowed_hosts) or is_loopback(options.host)
         return protect(
             app,
             options.limits,

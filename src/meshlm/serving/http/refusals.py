@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from starlette.datastructures import Headers
 from starlette.types import Send
 
-from meshlm.serving.api.errors import error_body, error_headers
+from meshlm.serving.errors import error_body, error_headers
 
 LINGER_S = 0.5
 """How long a connection stays after an answer that came before the request's end: closed at once,

@@ -25,7 +25,6 @@ _CODES = {
     405: "method_not_allowed",
     408: "request_timeout",
     413: "request_too_large",
-    415: "unsupported_media_type",
     429: "queue_full",
     431: "headers_too_large",
     500: "internal_error",

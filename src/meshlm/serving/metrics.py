@@ -24,6 +24,7 @@ REJECTED = (
     "unauthorized",
     "forbidden_host",
     "too_large",
+    "bodies",
     "slow",
     "connections",
     "queue_full",
