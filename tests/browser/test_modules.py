@@ -273,6 +273,25 @@ def test_a_link_gives_back_text_authors_and_settings(run: Callable[..., Any]) ->
         assert found == {"doc": doc, "settings": settings, "isPlain": True}
 
 
+def test_a_link_that_could_not_be_read_is_not_made(run: Callable[..., Any]) -> None:
+    script = """(m, x) => {
+      const fragment = m.fragmentOf({ text: "x".repeat(x), runs: [], tokens: [] }, {});
+      return fragment && m.sharedIn(fragment).doc.text.length;
+    }"""
+    assert run("share.js", script, 299_900) == 299_900
+    assert run("share.js", script, 300_000) is None
+
+
+def test_settings_follow_what_the_server_allows(run: Callable[..., Any]) -> None:
+    script = """(m) => {
+      const bounds = m.BOUNDS.map((bound) => ({ ...bound, most: bound.name === "n" ? 12 : 9000 }));
+      const source = { n: 14, max_tokens: 8000, stop: ["abc", "de", "f"] };
+      const told = m.settingsFrom(source, bounds, { most: 2, characters: 2 });
+      return [told.n, told.max_tokens, told.stop, m.settingsFrom(source).n];
+    }"""
+    assert run("options.js", script) == [12, 8000, ["ab", "de"], 8]
+
+
 @pytest.mark.parametrize(
     "fragment", ["", "#", "#s=", "#s=%%%", "#s=AAAA", "#s=eyJ0ZXh0IjoxfQ", "#x"]
 )

@@ -278,10 +278,13 @@ function entryOf(seed) {
 
 async function share() {
   const fragment = fragmentOf(session.doc, panel.settings);
-  const isCopied = await copied(base + fragment);
-  // Where nothing can be copied, the link is put where it can be seen.
-  if (!isCopied) history.replaceState(null, "", fragment);
-  const words = isCopied ? "Link copied" : "Link is in the address";
+  let words = "Too long for a link";
+  if (fragment !== null) {
+    const isCopied = await copied(base + fragment);
+    // Where nothing can be copied, the link is put where it can be seen.
+    if (!isCopied) history.replaceState(null, "", fragment);
+    words = isCopied ? "Link copied" : "Link is in the address";
+  }
   button("share").textContent = words;
   announce(`${words}.`);
   setTimeout(() => (button("share").textContent = "Share"), 2500);
@@ -320,8 +323,16 @@ async function loadFacts() {
     node("model-facts").textContent = `context ${grouped(context)}`;
     node("model-more").textContent = ` · vocabulary ${grouped(vocabulary)}`;
     node("facts").title = `MeshLM ${version.version}, JAX ${version.jax}`;
-    const { max_n: n, max_logprobs: logprobs } = version.limits ?? {};
-    panel.allow({ n, logprobs, max_tokens: context - 1, top_k: Math.min(vocabulary, 200) });
+    const limits = version.limits ?? {};
+    panel.allow(
+      {
+        n: Math.min(limits.max_n, limits.max_samples),
+        logprobs: limits.max_logprobs,
+        max_tokens: context - 1,
+        top_k: Math.min(vocabulary, 200),
+      },
+      { most: limits.max_stop, characters: limits.max_stop_chars },
+    );
     show();
   } catch (error) {
     if (error instanceof ApiError) fail(error, () => {});

@@ -47,22 +47,29 @@ export const BOUNDS = [
 ];
 
 export const MAX_SEED = 2 ** 32 - 1;
-export const MAX_STOPS = 4;
-const MAX_STOP_CHARS = 256;
+/**
+ * How many stop texts there may be, and how long each.
+ * @typedef {{most: number, characters: number}} StopBounds
+ */
+
+/** @type {Readonly<StopBounds>} */
+export const STOP_BOUNDS = { most: 4, characters: 256 };
 
 /**
  * Returns settings from anything: what is missing or wrong is as in DEFAULTS, what is too large or
- * small is at its bound.
+ * small is at its bound. The bounds are the usual ones of a server, or what one has told.
  * @param {unknown} source
+ * @param {Iterable<Bound>} bounds
+ * @param {StopBounds} stops
  * @returns {Settings}
  */
-export function settingsFrom(source) {
+export function settingsFrom(source, bounds = BOUNDS, stops = STOP_BOUNDS) {
   const given = /** @type {Record<string, unknown>} */ (
     typeof source === "object" && source !== null ? source : {}
   );
   /** @type {Settings} */
   const settings = { ...DEFAULTS, stop: [] };
-  for (const bound of BOUNDS) {
+  for (const bound of bounds) {
     const value = given[bound.name];
     if (typeof value === "number" && Number.isFinite(value))
       settings[bound.name] = fitted(bound, value);
@@ -71,8 +78,8 @@ export function settingsFrom(source) {
   if (Array.isArray(given.stop)) {
     settings.stop = given.stop
       .filter((text) => typeof text === "string" && text !== "")
-      .map((text) => text.slice(0, MAX_STOP_CHARS))
-      .slice(0, MAX_STOPS);
+      .map((text) => text.slice(0, stops.characters))
+      .slice(0, stops.most);
   }
   return settings;
 }

@@ -4,9 +4,8 @@ import { button, byId, make, makeButton, node } from "./dom.js";
 import {
   BOUNDS,
   DEFAULTS,
-  MAX_STOPS,
+  STOP_BOUNDS,
   escaped,
-  fitted,
   isSeed,
   settingsFrom,
   unescaped,
@@ -46,6 +45,7 @@ export class SettingsPanel {
   /** @type {Settings} */
   settings;
   #bounds = new Map(BOUNDS.map((bound) => [bound.name, { ...bound }]));
+  #stops = { ...STOP_BOUNDS };
   /** @type {Map<Bound["name"], {slider: HTMLInputElement, number: HTMLInputElement}>} */
   #inputs = new Map();
   #seed = byId("seed", HTMLInputElement);
@@ -85,24 +85,28 @@ export class SettingsPanel {
 
   /** @param {Partial<Settings>} changes */
   set(changes) {
-    this.settings = settingsFrom({ ...this.settings, ...changes });
-    for (const [name, bound] of this.#bounds)
-      this.settings[name] = fitted(bound, this.settings[name]);
+    const settings = { ...this.settings, ...changes };
+    this.settings = settingsFrom(settings, this.#bounds.values(), this.#stops);
     this.#show();
     this.onChange();
   }
 
   /**
-   * Takes over what the server allows.
+   * Takes over what the server allows, be it less than usual or more.
    * @param {Partial<Record<Bound["name"], number>>} most
+   * @param {Partial<import("./options.js").StopBounds>} stops
    */
-  allow(most) {
+  allow(most, stops = {}) {
     for (const [name, value] of Object.entries(most)) {
       const bound = this.#bounds.get(/** @type {Bound["name"]} */ (name));
       if (!bound || !Number.isFinite(value)) continue;
-      bound.most = Math.max(bound.least, Math.min(bound.most, value));
+      bound.most = Math.max(bound.least, value);
       const inputs = this.#inputs.get(bound.name);
       if (inputs) inputs.slider.max = inputs.number.max = String(bound.most);
+    }
+    for (const name of /** @type {const} */ (["most", "characters"])) {
+      const value = stops[name];
+      if (Number.isInteger(value)) this.#stops[name] = /** @type {number} */ (value);
     }
     this.set({});
   }
@@ -184,7 +188,7 @@ export class SettingsPanel {
     );
     this.#preset.value = preset < 0 ? "" : String(preset);
     node("stop-list").replaceChildren(...settings.stop.map((text) => this.#chip(text)));
-    this.#stop.disabled = button("add-stop").disabled = settings.stop.length >= MAX_STOPS;
+    this.#stop.disabled = button("add-stop").disabled = settings.stop.length >= this.#stops.most;
   }
 
   /** @param {string} text */

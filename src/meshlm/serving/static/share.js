@@ -4,10 +4,11 @@ import { documentOf } from "./document.js";
 import { settingsFrom } from "./options.js";
 
 const PREFIX = "#s=";
-const MOST_CHARACTERS = 200_000;
+const MOST_CHARACTERS = 400_000;
 
 /**
- * Returns the fragment of a link to a document with its settings.
+ * Returns the fragment of a link to a document with its settings, null where it would be too long
+ * to be read back.
  * @param {import("./document.js").Doc} doc
  * @param {import("./options.js").Settings} settings
  */
@@ -15,7 +16,8 @@ export function fragmentOf(doc, settings) {
   const runs = doc.runs.map((run) => [run.start, run.end]);
   const bytes = new TextEncoder().encode(JSON.stringify({ text: doc.text, runs, settings }));
   const binary = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
-  return PREFIX + btoa(binary).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  const coded = btoa(binary).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  return PREFIX.length + coded.length > MOST_CHARACTERS ? null : PREFIX + coded;
 }
 
 /**
@@ -23,7 +25,7 @@ export function fragmentOf(doc, settings) {
  * @param {string} fragment
  */
 export function sharedIn(fragment) {
-  if (!fragment.startsWith(PREFIX) || fragment.length > 2 * MOST_CHARACTERS) return null;
+  if (!fragment.startsWith(PREFIX) || fragment.length > MOST_CHARACTERS) return null;
   try {
     const binary = atob(fragment.slice(PREFIX.length).replaceAll("-", "+").replaceAll("_", "/"));
     const bytes = Uint8Array.from(binary, (character) => character.charCodeAt(0));
