@@ -13,8 +13,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
@@ -64,13 +65,18 @@ class Replica:
     async def forward(self, path: str, request: Request) -> StreamingResponse:
         """Passes a request on, and its answer back as it comes."""
         headers = [(k, v) for k, v in request.headers.items() if k not in HOP_BY_HOP]
+        is_read = asyncio.Event()
+        if request.method != "POST":
+            is_read.set()
         asked = self.client.build_request(
             request.method,
             httpx.URL(path=f"/{path}", query=request.url.query.encode()),
             headers=headers,
-            content=request.stream() if request.method == "POST" else None,
+            content=_body(request, is_read) if request.method == "POST" else None,
         )
-        told = await self.client.send(asked, stream=True)
+        told = await _unless_gone(request, is_read, self.client.send(asked, stream=True))
+        if told is None:
+            return StreamingResponse(iter(()), 499)
         kept = {k: v for k, v in told.headers.items() if k not in HOP_BY_HOP}
         return StreamingResponse(_pieces(told), told.status_code, kept)
 
@@ -85,6 +91,35 @@ class Replica:
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
             await self.process.wait()
+
+
+async def _unless_gone(
+    request: Request, is_read: asyncio.Event, sending: Coroutine[Any, Any, httpx.Response]
+) -> httpx.Response | None:
+    """Returns what the server tells; None where the client went away before it told anything."""
+    answer = asyncio.create_task(sending)
+    leaving = asyncio.create_task(_gone(request, is_read))
+    try:
+        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        # A request that is given up closes its connection: the server frees its slot.
+        for task in (answer, leaving):
+            task.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+
+
+async def _body(request: Request, is_read: asyncio.Event) -> AsyncIterator[bytes]:
+    async for piece in request.stream():
+        yield piece
+    is_read.set()
+
+
+async def _gone(request: Request, is_read: asyncio.Event) -> None:
+    """Returns once the client is gone; while the body comes, the sending itself would notice."""
+    await is_read.wait()
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _pieces(told: httpx.Response) -> AsyncIterator[bytes]:

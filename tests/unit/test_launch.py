@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import re
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -56,6 +60,42 @@ PROBES = ("startup", "readiness", "liveness")
 def test_the_ray_template_is_python():
     tree = ast.parse((LAUNCH / "ray_serve.py").read_text())
     assert {node.name for node in tree.body if isinstance(node, ast.ClassDef)} == {"Replica"}
+
+
+def test_the_ray_template_notices_who_leaves_before_the_answer():
+    tree = ast.parse((LAUNCH / "ray_serve.py").read_text())
+    wanted = ("_unless_gone", "_gone")
+    tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
+    names: dict = {"asyncio": asyncio, "Any": Any, "Coroutine": Coroutine}
+    names |= {"Request": Any, "httpx": httpx}
+    exec(compile(tree, "ray_serve.py", "exec"), names)
+
+    async def check():
+        messages = [{"type": "http.request"}, {"type": "http.disconnect"}]
+        cancelled, is_read = asyncio.Event(), asyncio.Event()
+        is_read.set()
+
+        class Asked:
+            async def receive(self):
+                if not messages:
+                    await asyncio.Event().wait()
+                return messages.pop(0)
+
+        async def silent():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        async def quick():
+            return "told"
+
+        async with asyncio.timeout(5):
+            assert await names["_unless_gone"](Asked(), is_read, silent()) is None
+            assert cancelled.is_set()
+            assert await names["_unless_gone"](Asked(), is_read, quick()) == "told"
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("name", ["nginx.conf", "Caddyfile"])
