@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from meshlm.core.errors import UsageError
+from meshlm.core.private_folder import make_private, private_folder
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -20,20 +21,21 @@ def prepare_compile_cache(given: str | None) -> Path | None:
             `meshlm/compiled` in the user's own cache folder.
 
     Raises:
-        UsageError: the folder is given and cannot be used, or others can write into it.
+        UsageError: the folder is given and cannot be used, or others can write there.
     """
     if given is None:
         given = os.environ.get(_VARIABLE)
     if given == "":
         return None
-    folder = _default() if given is None else Path(given)
+    if given is None:
+        # A user without a home that can be written: it works without, only slower.
+        folder = private_folder("compiled")
+        return folder if folder and os.access(folder, os.W_OK | os.X_OK) else None
+    folder = Path(given)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
         found = folder.stat()
     except OSError as error:
-        if given is None:
-            # A user without a home that can be written: it works without, only slower.
-            return None
         raise UsageError(f"--compile-cache {folder}: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode) or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"--compile-cache {folder}: no folder that can be written")
@@ -43,9 +45,3 @@ def prepare_compile_cache(given: str | None) -> Path | None:
             "chmod 700 it, or give another"
         )
     return folder
-
-
-def _default() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base and os.path.isabs(base) else Path.home() / ".cache"
-    return folder / "meshlm" / "compiled"

@@ -11,11 +11,13 @@ import functools
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
 from pathlib import Path
+
+from meshlm.core.errors import UsageError
+from meshlm.core.private_folder import private_folder
 
 PRODUCTS = "meshlm_products"
 """The name of the call that multiplies; see kernels.c."""
@@ -74,7 +76,7 @@ def _find() -> Kernels:
             raise _NoKernelsError(f"{SWITCH}=off")
         path = _library()
         _register(path)
-    except (_NoKernelsError, OSError, subprocess.SubprocessError) as error:
+    except (_NoKernelsError, UsageError, OSError, subprocess.SubprocessError) as error:
         return Kernels(ready=False, detail=str(error))
     return Kernels(ready=True, detail=str(path))
 
@@ -91,7 +93,10 @@ def _library() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10).stdout
     parts = (*sources, (include / "xla/ffi/api/c_api.h").read_bytes(), version, _processor())
     key = hashlib.sha256(b"\0".join((*parts, " ".join(_FLAGS).encode()))).hexdigest()[:32]
-    path = _private_folder() / f"kernels-{key}.so"
+    folder = private_folder("kernels")
+    if folder is None:
+        raise _NoKernelsError("the user has no cache folder that can be written: XDG_CACHE_HOME")
+    path = folder / f"kernels-{key}.so"
     if not path.exists():
         _compile(compiler, include, path)
     return path
@@ -102,17 +107,6 @@ def _processor() -> bytes:
     lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
     names = (b"model name", b"flags", b"Features", b"CPU part")
     return b"\n".join(line for line in lines if line.startswith(names))
-
-
-def _private_folder() -> Path:
-    """Returns the folder of libraries; nobody else may put one there."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(cache) / "meshlm" / "kernels"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
-        raise _NoKernelsError(f"{folder} can be written to by others: chmod 700 it")
-    return folder
 
 
 def _compile(compiler: str, include: Path, path: Path) -> None:
@@ -143,6 +137,10 @@ def _register(path: Path) -> None:
     import jax
 
     library = ctypes.CDLL(str(path))
-    for name in _TARGETS:
-        target = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(name, target, platform="cpu")
+    try:
+        for name in _TARGETS:
+            target = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, target, platform="cpu")
+    except (AttributeError, RuntimeError, ValueError) as error:
+        # A symbol is missing, or JAX does not take it: of another version of the interface.
+        raise _NoKernelsError(f"{path}: {error}") from None
