@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptj_float64
-from meshlm.ops.attention import attend, causal_mask
+from meshlm.ops.attention import attend, attend_to_cache, causal_mask
 from tiny import relative_max
 
 B, T, N, H = 2, 7, 3, 4
@@ -116,3 +116,19 @@ def test_gradients_by_differences():
                 ends.append((gptj_float64.attend(*moved, seen) * weight).sum())
             slope = (ends[0] - ends[1]) / 2e-5
             assert float(gradient[at]) == pytest.approx(slope, abs=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_nan_in_unused_places_of_a_cache_changes_no_bit(queries, dtype):
+    q, k, v = (jnp.asarray(x, dtype) for x in draw())
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    last = np.array([2, 6])[:, None] - np.arange(queries)[::-1]
+    mask = jnp.asarray((np.arange(T) <= last[..., None])[:, None])
+    unused = ~mask.any(axis=2)[..., None]
+    dirty = [jnp.where(unused, jnp.nan, x) for x in (k, v)]
+    run = jax.jit(attend_to_cache)
+    wanted = np.asarray(run(q[:, :queries], k, v, mask))
+    assert np.isfinite(wanted).all()
+    np.testing.assert_array_equal(run(q[:, :queries], *dirty, mask), wanted)
+    np.testing.assert_array_equal(jax.jit(attend)(q[:, :queries], k, v, mask), wanted)

@@ -22,7 +22,7 @@ from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.ops import streamed
-from meshlm.ops.attention import attend, causal_mask
+from meshlm.ops.attention import attend, attend_to_cache, causal_mask
 from meshlm.ops.linear import Matrix, add_bias, dots, layer_norm, lookup
 from meshlm.ops.loss import head_loss
 from meshlm.ops.quantised import Quantised
@@ -238,7 +238,7 @@ def _attention(
         if streamed.can_attend(q_BTNH):
             mixed_BNH = streamed.attend(q_BTNH[:, 0], cache.keys, cache.values, start_B + 1)
             return mixed_BNH[:, None], cache
-        return attend(q_BTNH, cache.keys, cache.values, mask), cache
+        return attend_to_cache(q_BTNH, cache.keys, cache.values, mask), cache
 
 
 def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:

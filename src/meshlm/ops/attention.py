@@ -58,3 +58,17 @@ def attend(
     if on_cpu:
         mixed_BNTH = jax.lax.optimization_barrier(mixed_BNTH)
     return mixed_BNTH.transpose(0, 2, 1, 3)
+
+
+def attend_to_cache(
+    q_BTNH: Float[Array, "B T N H"],
+    keys_BNSH: Float[Array, "B N S H"],
+    values_BNSH: Float[Array, "B N S H"],
+    mask_BNTS: Bool[Array, "B N T S"],
+) -> Float[Array, "B T N H"]:
+    """Returns what `attend` does, whatever lies in places that no query sees.
+
+    An earlier occupant may have left NaN there, and zero times NaN is NaN.
+    """
+    seen_BNS1 = mask_BNTS.any(axis=2)[..., None]
+    return attend(q_BTNH, keys_BNSH, jnp.where(seen_BNS1, values_BNSH, 0), mask_BNTS)
