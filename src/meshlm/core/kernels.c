@@ -26,10 +26,12 @@ typedef struct {
   Product products[MAX_PRODUCTS];
   Attention attention;
   int64_t count, chunks;  // count: of products; 0: it is attention
-  atomic_long next, done, holders;
+  float* scores;          // of attention: a float a place for each thread
+  atomic_long next, done, holders, workers;
 } Job;
 
 static void work(Job* job) {
+  int64_t worker = atomic_fetch_add(&job->workers, 1);
   for (;;) {
     int64_t chunk = atomic_fetch_add(&job->next, 1);
     if (chunk >= job->chunks) return;
@@ -38,14 +40,19 @@ static void work(Job* job) {
       for (; chunk >= job->products[i].chunks; i++) chunk -= job->products[i].chunks;
       run_chunk(&job->products[i], chunk);
     } else {
-      attend_chunk(&job->attention, chunk);
+      attend_chunk(&job->attention, chunk, job->scores + worker * job->attention.places);
     }
     atomic_fetch_add(&job->done, 1);
   }
 }
 
+static void discard(Job* job) {
+  if (job) free(job->scores);
+  free(job);
+}
+
 static void let_go(Job* job) {
-  if (atomic_fetch_sub(&job->holders, 1) == 1) free(job);
+  if (atomic_fetch_sub(&job->holders, 1) == 1) discard(job);
 }
 
 static void help(void* job) {
@@ -53,29 +60,49 @@ static void help(void* job) {
   let_go(job);
 }
 
-static void run(XLA_FFI_CallFrame* frame, Job* job) {
+// True where the call failed; what it returned is the caller's to free.
+static int failed(XLA_FFI_CallFrame* frame, XLA_FFI_Error* error) {
+  if (!error) return 0;
+  XLA_FFI_Error_Destroy_Args args = {.struct_size = sizeof args, .error = error};
+  frame->api->XLA_FFI_Error_Destroy(&args);
+  return 1;
+}
+
+static XLA_FFI_Error* refuse(XLA_FFI_CallFrame* frame, XLA_FFI_Error_Code code,
+                             const char* message) {
+  XLA_FFI_Error_Create_Args args = {.struct_size = sizeof args, .message = message, .errc = code};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+// Also frees the job.
+static XLA_FFI_Error* no_memory(XLA_FFI_CallFrame* frame, Job* job) {
+  discard(job);
+  return refuse(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "meshlm's kernels: out of memory");
+}
+
+static XLA_FFI_Error* run(XLA_FFI_CallFrame* frame, Job* job) {
   int64_t threads = 1;
   XLA_FFI_ThreadPool_NumThreads_Args ask = {.struct_size = sizeof ask, .ctx = frame->ctx,
                                             .num_threads = &threads};
-  if (frame->api->XLA_FFI_ThreadPool_NumThreads(&ask)) threads = 1;
+  if (failed(frame, frame->api->XLA_FFI_ThreadPool_NumThreads(&ask))) threads = 1;
   int64_t helpers = (threads < job->chunks ? threads : job->chunks) - 1;
+  if (helpers < 0) helpers = 0;
+  if (!job->count) {
+    job->scores = malloc((helpers + 1) * job->attention.places * sizeof(float));
+    if (!job->scores) return no_memory(frame, job);
+  }
   atomic_store(&job->holders, 1);
   for (int64_t i = 0; i < helpers; i++) {
     XLA_FFI_ThreadPool_Schedule_Args give = {.struct_size = sizeof give, .ctx = frame->ctx,
                                              .task = help, .data = job};
     atomic_fetch_add(&job->holders, 1);
-    if (frame->api->XLA_FFI_ThreadPool_Schedule(&give)) let_go(job);
+    if (failed(frame, frame->api->XLA_FFI_ThreadPool_Schedule(&give))) let_go(job);
   }
   work(job);
   for (long spins = 0; atomic_load(&job->done) < job->chunks; spins++)
     if (spins > 10000) sched_yield();
   let_go(job);
-}
-
-static XLA_FFI_Error* refuse(XLA_FFI_CallFrame* frame, const char* message) {
-  XLA_FFI_Error_Create_Args args = {.struct_size = sizeof args, .message = message,
-                                    .errc = XLA_FFI_Error_Code_INVALID_ARGUMENT};
-  return frame->api->XLA_FFI_Error_Create(&args);
+  return NULL;
 }
 
 static int asks_for_version(XLA_FFI_CallFrame* frame) {
@@ -90,10 +117,14 @@ static int asks_for_version(XLA_FFI_CallFrame* frame) {
 // float32. Results: y [M, N] of each, float32.
 XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
   if (asks_for_version(frame)) return NULL;
-  if (frame->rets.size > MAX_PRODUCTS) return refuse(frame, "meshlm_products: too many products");
+  if (frame->rets.size > MAX_PRODUCTS) {
+    const char* message = "meshlm_products: too many products";
+    return refuse(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, message);
+  }
   Job* job = calloc(1, sizeof *job);
-  uint8_t* bytes[MAX_PRODUCTS];
-  float* scales[MAX_PRODUCTS];
+  if (!job) return no_memory(frame, job);
+  float* rounded[MAX_PRODUCTS];  // the scales of an x's rows, then their bytes
+  XLA_FFI_Error* error = NULL;
   const void* quantised[MAX_PRODUCTS];
   int made = 0;
   int64_t at = 0;
@@ -111,13 +142,17 @@ XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
       int same = 0;
       while (same < made && quantised[same] != x->data) same++;
       if (same == made) {
-        bytes[made] = malloc(p->rows * p->inner);
-        scales[made] = malloc(p->rows * sizeof(float));
-        quantise(x->data, p->rows, p->inner, bytes[made], scales[made]);
-        quantised[made++] = x->data;
+        float* scale = malloc(p->rows * (sizeof(float) + p->inner));
+        if (!scale) {
+          error = no_memory(frame, job);
+          goto end;
+        }
+        quantise(x->data, p->rows, p->inner, (uint8_t*)(scale + p->rows), scale);
+        quantised[made] = x->data;
+        rounded[made++] = scale;
       }
-      p->x = bytes[same];
-      p->x_scale = scales[same];
+      p->x = rounded[same] + p->rows;
+      p->x_scale = rounded[same];
     } else {
       size = w->dtype == XLA_FFI_DataType_F32 ? 4 : 2;
     }
@@ -126,12 +161,10 @@ XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
     p->chunks = (p->outs + p->chunk_outs - 1) / p->chunk_outs;
     job->chunks += p->chunks;
   }
-  run(frame, job);
-  while (made-- > 0) {
-    free(bytes[made]);
-    free(scales[made]);
-  }
-  return NULL;
+  error = run(frame, job);
+end:
+  while (made-- > 0) free(rounded[made]);
+  return error;
 }
 
 // Arguments: q [B, N, H] float32, keys and values [B, N, S, H], the places in use [B] int32.
@@ -140,12 +173,12 @@ XLA_FFI_Error* meshlm_attention(XLA_FFI_CallFrame* frame) {
   if (asks_for_version(frame)) return NULL;
   XLA_FFI_Buffer** in = (XLA_FFI_Buffer**)frame->args.args;
   Job* job = calloc(1, sizeof *job);
+  if (!job) return no_memory(frame, job);
   job->attention = (Attention){.type = in[1]->dtype, .q = in[0]->data, .keys = in[1]->data,
                                .values = in[2]->data, .lengths = in[3]->data,
                                .y = ((XLA_FFI_Buffer*)frame->rets.rets[0])->data,
                                .heads = in[1]->dims[1], .places = in[1]->dims[2],
                                .width = in[1]->dims[3]};
   job->chunks = in[1]->dims[0] * in[1]->dims[1];
-  run(frame, job);
-  return NULL;
+  return run(frame, job);
 }

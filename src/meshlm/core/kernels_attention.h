@@ -72,6 +72,11 @@ INLINE void attend(const Attention* a, XLA_FFI_DataType type, int64_t pair, floa
     scores[s] = sum_of(sum) * unit;
     top = scores[s] > top || scores[s] != scores[s] ? scores[s] : top;
   }
+  if (length > 0 && !isfinite(top)) {
+    // The exponential would make numbers of it.
+    for (h = 0; h < width; h++) y[h] = NAN;
+    return;
+  }
 #pragma omp simd reduction(+ : total)
   for (int64_t s = 0; s < length; s++) {
     scores[s] = exponential(scores[s] - top);
@@ -83,11 +88,10 @@ INLINE void attend(const Attention* a, XLA_FFI_DataType type, int64_t pair, floa
   for (; h < width; h += 16) mix(1, type, scores, length, a->values, start + h, width, y + h);
 }
 
-static void attend_chunk(const Attention* a, int64_t pair) {
-  float* scores = malloc(a->places * sizeof(float));
+// scores: room for one float a place.
+static void attend_chunk(const Attention* a, int64_t pair, float* scores) {
   if (a->type == XLA_FFI_DataType_F32)
     attend(a, XLA_FFI_DataType_F32, pair, scores);
   else
     attend(a, XLA_FFI_DataType_BF16, pair, scores);
-  free(scores);
 }
