@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from meshlm.api import Model, load, served
+from meshlm.core.compile_cache import use_compile_cache
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.data.prepare import PrepareConfig, prepare
@@ -92,6 +93,7 @@ def _wants_page(console: Console) -> bool:
 
 
 def _serve(run: Path, model: Model) -> int:
+    use_compile_cache(None)
     options = ServeOptions(
         model_id="demo", fingerprint=fingerprint(run), port=0, open_browser=True, access_log=False
     )

@@ -7,12 +7,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
-import jax
 from tyro.conf import OmitArgPrefixes, Positional
 
 from meshlm.api import load, served
 from meshlm.conversion.opening import open_source
-from meshlm.core.compile_cache import prepare_compile_cache
+from meshlm.core.compile_cache import use_compile_cache
 from meshlm.core.errors import StoppedError, UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation.profiles import Dtype, Profile, Quantization
@@ -92,11 +91,7 @@ def run(config: Config) -> int:
         )
     if not 0 <= config.port <= 65535:
         raise UsageError(f"--port {config.port}: give 0 to 65535")
-    folder = prepare_compile_cache(config.compile_cache)
-    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
-    # All functions, the quickly compiled ones too: there are many of them.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    use_compile_cache(config.compile_cache)
     source = open_source(
         config.path,
         config=config.config,

@@ -13,6 +13,17 @@ from meshlm.core.private_folder import make_private, private_folder
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
+def use_compile_cache(given: str | None) -> None:
+    """Has JAX keep all that it compiles from now on in `prepare_compile_cache(given)`."""
+    import jax
+
+    folder = prepare_compile_cache(given)
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    # All functions, the quickly compiled ones too: there are many of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 def prepare_compile_cache(given: str | None) -> Path | None:
     """Returns the folder, made with access for its owner alone; None: keep nothing.
 
