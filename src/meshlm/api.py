@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int
 
 from meshlm.conversion.loading import load_params, matrix_dtype
 from meshlm.conversion.opening import open_source
+from meshlm.conversion.tensors import Source
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig, make_mesh
 from meshlm.data.tokenizer import Tokenizer
@@ -298,22 +299,56 @@ def load(
         BadInputError: the files are damaged, or do not fit each other.
     """
     source = open_source(path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    opened = plan_loading(source, profile=profile, dtype=dtype, quantize=quantize, mesh=mesh)
+    return load_opened(opened, sample_extra_tokens=sample_extra_tokens)
+
+
+class Opened(NamedTuple):
+    """Weights that are found and fit what is asked of them, and are not read yet."""
+
+    source: Source
+    numerics: Numerics
+    mesh: Mesh
+    quantize: Quantization | None
+
+
+def plan_loading(
+    source: Source,
+    *,
+    profile: Profile = "fast",
+    dtype: Dtype | None = None,
+    quantize: Quantization | None = None,
+    mesh: Mesh | MeshConfig | None = None,
+) -> Opened:
+    """Returns how weights are to be loaded, the arguments being those of `load`.
+
+    Raises:
+        UsageError: an option does not fit the model, the others or this machine.
+    """
     chosen = numerics(profile, dtype, matrix_dtype(source.infos), quantize)
     if not isinstance(mesh, Mesh):
         mesh_config = mesh or MeshConfig()
+        if quantize is not None and mesh_config.num_devices > 1:
+            raise UsageError(f"--quantize {quantize} is for one device: leave --mesh.* out")
         check_divides(source.model, mesh_config)
         mesh = make_mesh(mesh_config)
     if quantize is not None and mesh.size > 1:
-        raise UsageError(f"--quantize {quantize} is for one device: leave --mesh.* out")
-    own_tokenizer = source.tokenizer
-    if own_tokenizer is not None and sample_extra_tokens:
-        own_tokenizer = own_tokenizer.with_extra_tokens(source.model.vocab_size)
-    params = load_params(source, mesh, chosen.weights, int8=quantize is not None)
+        raise UsageError(f"quantize={quantize!r} is for one device: leave the mesh out")
+    return Opened(source, chosen, mesh, quantize)
+
+
+def load_opened(opened: Opened, *, sample_extra_tokens: bool = False) -> Model:
+    """Returns the model, its weights read."""
+    model, tokenizer = opened.source.model, opened.source.tokenizer
+    if tokenizer is not None and sample_extra_tokens:
+        tokenizer = tokenizer.with_extra_tokens(model.vocab_size)
+    int8 = opened.quantize is not None
+    params = load_params(opened.source, opened.mesh, opened.numerics.weights, int8=int8)
     return Model(
         params,
-        source.model,
-        own_tokenizer,
-        chosen,
-        mesh,
+        model,
+        tokenizer,
+        opened.numerics,
+        opened.mesh,
         sample_extra_tokens=sample_extra_tokens,
     )

@@ -243,6 +243,20 @@ def test_a_connection_goes_on_after_a_refusal(guarded):
             assert told.startswith(b"HTTP/1.1 401")
 
 
+def test_a_kept_connection_is_answered_at_once(guarded):
+    # A small write that waits for the client's acknowledgement takes 40 ms.
+    with guarded.connected() as connection:
+        seconds = []
+        for _ in range(8):
+            begin = time.monotonic()
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            told = b""
+            while not told.endswith(b"}"):
+                told += connection.recv(65536)
+            seconds.append(time.monotonic() - begin)
+    assert min(seconds[1:]) < 0.03
+
+
 def test_idle_connections_hold_nobody_up(guarded):
     before = httpx.get(f"{guarded.url}/metrics", headers=KEY)
     assert before.status_code == 200
@@ -384,6 +398,12 @@ def test_an_engine_that_fails_ends_the_process(weights, compiled):
         ("WEIGHTS --compile-cache EMPTY", 2, "--compile-cache"),
         ("WEIGHTS --tokenizer nowhere.json", 2, "nowhere.json"),
         ("WEIGHTS --port TAKEN", 4, "is taken: give another, or 0"),
+        ("WEIGHTS --quantize int8 --profile hf", 2, "--profile hf"),
+        ("WEIGHTS --quantize int8 --mesh.model 2", 2, "--quantize int8 is for one device"),
+        ("WEIGHTS --mesh.data 2", 2, "use --mesh.model, and several servers"),
+        ("WEIGHTS --slots 100000", 2, "--slots 100000: give at most 1024"),
+        ("WEIGHTS --max-samples 0", 2, "--max-samples 0: give 1 or more"),
+        ("WEIGHTS --allowed-host http://x", 2, "give a name alone"),
         ("DAMAGED", 3, "damaged"),
     ],
 )

@@ -363,7 +363,12 @@ def test_demo_completion(client: Client, fields: dict[str, Any]) -> None:
 def test_demo_errors(client: Client) -> None:
     for fields in ({}, {"context": ""}, {"context": None}):
         assert_error(client.post("/completion", fields), 400, code="NO_PROMPT")
-    for fields in ({"seed": 1}, {"response_length": 1.5}, {"response_length": 500}):
+    for fields in (
+        {"seed": 1},
+        {"response_length": 1.5},
+        {"response_length": 500},
+        {"topP": 0.9, "top_p": 0.5},
+    ):
         response = client.post("/completion", {"context": "a", **fields})
         assert_error(response, 400, code="API_ERROR")
     busy = Client(app(Broken(QueueFullError("the queue is full"))))

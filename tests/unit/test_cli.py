@@ -203,8 +203,11 @@ def test_interrupted(capsys):
 
 def test_sigterm_is_75():
     with pytest.raises(StoppedError) as caught:
-        entry._stop(signal.SIGTERM, None)
+        entry._stop(75, signal.SIGTERM, None)
     assert caught.value.exit_code == 75
+    # A run is gone on with; a server has nothing to save.
+    codes = {command.words: command.stop_code for command in entry.COMMANDS}
+    assert (codes["train"], codes["serve"]) == (75, 0)
 
 
 def test_help_version_and_groups(capsys):

@@ -1,6 +1,7 @@
 """The entry point: finds the command, runs it, and turns errors into a line and an exit code."""
 
 import difflib
+import functools
 import importlib
 import logging
 import os
@@ -29,6 +30,8 @@ class Command:
     words: str
     module: str
     summary: str
+    stop_code: int = 75
+    """Exit code after SIGTERM, until the command has a handler of its own."""
 
 
 # A module is imported when its command runs, so that help and mistakes answer at once.
@@ -38,7 +41,9 @@ COMMANDS = (
     Command("data inspect", "inspect", "show what a token store holds"),
     Command("train", "train", "train a model, or go on where a run stopped"),
     Command("generate", "generate", "let a model continue a prompt"),
-    Command("serve", "serve", "serve a model: an OpenAI-compatible API and a web page"),
+    Command(
+        "serve", "serve", "serve a model: an OpenAI-compatible API and a web page", stop_code=0
+    ),
     Command("convert", "convert", "turn weights into another format, with a certificate"),
     Command("convert-config", "convert_config", "turn the original's configuration into ours"),
     Command("compare", "compare", "say how far two checkpoints or profiles are apart"),
@@ -79,7 +84,7 @@ def _run(words: list[str]) -> int:
         return 0
     command, rest = _find(words)
     # From the first moment on: what can be saved is saved by the command's own handler.
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, functools.partial(_stop, command.stop_code))
     module = importlib.import_module(f"meshlm.cli.{command.module}")
     prog = f"meshlm {command.words}"
     if any(word in _HELP for word in rest):
@@ -159,5 +164,5 @@ def _fail(message: str, exit_code: int, verbose: bool) -> int:
     return exit_code
 
 
-def _stop(number: int, frame: FrameType | None) -> Any:
-    raise StoppedError("stopped by SIGTERM", 75)
+def _stop(exit_code: int, number: int, frame: FrameType | None) -> Any:
+    raise StoppedError("stopped by SIGTERM", exit_code)

@@ -1,22 +1,20 @@
 """meshlm serve"""
 
 import os
-import signal
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from meshlm.api import load, served
+from meshlm.api import load_opened, plan_loading, served
 from meshlm.conversion.opening import open_source
 from meshlm.core.compile_cache import use_compile_cache
-from meshlm.core.errors import StoppedError, UsageError
+from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation.profiles import Dtype, Profile, Quantization
 from meshlm.serving.config import EngineConfig, Limits
-from meshlm.serving.engine import Loaded
 from meshlm.serving.http.fingerprint import fingerprint
 from meshlm.serving.http.guards import Keys, is_loopback
 from meshlm.serving.http.server import ServeOptions, serve
@@ -28,6 +26,7 @@ EXAMPLES = (
     "meshlm serve runs/first --port 0 --cors-origin https://example.org",
 )
 _MOST_KEY_FILE_BYTES = 1 << 20
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +80,10 @@ class Config:
 
 def run(config: Config) -> int:
     """Serves until a signal."""
-    # Until the server listens there is nothing to drain.
-    signal.signal(signal.SIGTERM, _stop)
     keys = Keys(_keys(config))
+    for name in config.allowed_host:
+        if not _HOST_NAME.fullmatch(name):
+            raise UsageError(f"--allowed-host {name}: give a name alone, such as chat.example.org")
     if not is_loopback(config.host) and not len(keys) and not config.insecure:
         raise UsageError(
             f"--host {config.host} can be reached by others: give --api-key-file FILE, "
@@ -100,6 +100,18 @@ def run(config: Config) -> int:
     )
     if source.tokenizer is None:
         raise UsageError(f"{config.path} has no tokenizer: give --tokenizer gpt2 or a file")
+    if config.mesh.replica * config.mesh.data > 1:
+        raise UsageError(
+            "--mesh.replica and --mesh.data split rows, and one server has them whole: use "
+            "--mesh.model, and several servers"
+        )
+    opened = plan_loading(
+        source,
+        profile=config.profile,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        mesh=config.mesh,
+    )
     options = ServeOptions(
         model_id=_model_id(config),
         fingerprint=fingerprint(config.path, config.dtype, config.quantize, config.profile),
@@ -114,22 +126,9 @@ def run(config: Config) -> int:
         open_browser=config.open,
         access_log=config.access_log,
     )
-    return serve(lambda: _load(config), options)
-
-
-def _load(config: Config) -> Loaded:
-    model = load(
-        config.path,
-        profile=config.profile,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        mesh=config.mesh,
-        config=config.config,
-        tokenizer=config.tokenizer,
-        allow_pickle=config.allow_pickle,
-        sample_extra_tokens=config.extra_tokens,
+    return serve(
+        lambda: served(load_opened(opened, sample_extra_tokens=config.extra_tokens)), options
     )
-    return served(model)
 
 
 def _model_id(config: Config) -> str:
@@ -161,7 +160,3 @@ def _keys_of_file(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise UsageError(f"--api-key-file {path} is not UTF-8") from None
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def _stop(number: int, frame: FrameType | None) -> Any:
-    raise StoppedError("stopped before it served", 0)

@@ -5,6 +5,8 @@ import dataclasses
 from meshlm.core.errors import UsageError
 from meshlm.generation.config import MAX_ALTERNATIVES
 
+_MOST_SLOTS = 1024
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -21,6 +23,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, "slots", 1)
+        if self.slots > _MOST_SLOTS:
+            raise UsageError(f"--slots {self.slots}: give at most {_MOST_SLOTS}")
         _at_least(self, "max_queue", 1)
         _at_least(self, "prefill_chunk", 16)
         _at_least(self, "prefix_cache_bytes", 0)
@@ -65,8 +69,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            least = 0 if field.name in ("drain_s", "max_logprobs", "max_logit_bias") else 1e-3
-            _at_least(self, field.name, least)
+            least = 0.001 if field.name.endswith("_s") else 1
+            zero = field.name in ("drain_s", "max_logprobs", "max_logit_bias")
+            _at_least(self, field.name, 0 if zero else least)
         if self.max_bodies_bytes < self.max_body_bytes:
             raise UsageError(
                 f"--max-bodies-bytes {self.max_bodies_bytes}: give at least what one body may "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import MeshLMError, UsageError
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.generation import DecodeModel
 from meshlm.serving.compiled import Compiled
@@ -176,7 +176,8 @@ class Engine:
                     self._serve()
         except BaseException as error:
             # Whatever it is: nobody else sees this thread end, and its clients wait.
-            _log.exception("the engine has failed")
+            if not isinstance(error, MeshLMError):  # which says all in its line
+                _log.exception("the engine has failed")
             self._error = error
             with self._lock:
                 self._state = "failed"

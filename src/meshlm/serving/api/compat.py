@@ -45,8 +45,12 @@ def plan_demo(data: Mapping[str, Any], vocabulary: Vocabulary, limits: Limits) -
     Raises:
         ApiError: 400 that names the field.
     """
+    plain = {_plain(key): value for key, value in data.items()}
+    if len(plain) < len(data):
+        twice = next(name for name in plain if sum(_plain(key) == name for key in data) > 1)
+        raise bad_field(twice, f"{twice} is given in two spellings: give it once")
     fields = _known(
-        {_plain(key): value for key, value in data.items()},
+        plain,
         ("context", "top_p", "temp", "response_length", "remove_input"),
     )
     length = fields.pop("response_length", None)
