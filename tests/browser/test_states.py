@@ -120,7 +120,9 @@ def test_a_full_context_is_told_and_can_be_emptied(visit: Visit) -> None:
     visit("#generate").click()
     notice = visit.notice("The context is full.")
     expect(notice).to_contain_text("the context holds 128")
+    visit.wait_idle()
     assert visit.requests() == []
+    expect(visit("#stats")).to_have_text("")
     visit.write(PROMPT)
     visit.set(max_tokens=2)
     visit.generate()

@@ -250,6 +250,7 @@ export class Runner {
     try {
       await work(this.#running.signal);
     } catch (error) {
+      if (kept() === 0) this.parts.tellStats("");
       if (error instanceof ApiError) {
         this.again = { words: kept() > 0 ? "Continue" : "Try again", run: again };
         if (error.kind !== "key") notices.show(noticeOf(error, { kept: kept(), again }));
