@@ -316,13 +316,57 @@ def test_history_is_exported_read_back_and_bounded(run: Callable[..., Any]) -> N
       const back = m.imported(m.exported(list));
       const long = Array.from({ length: 150 }, (_, i) => entry(`n${i}`, `${i} text`, one.time));
       return [list.map((e) => e.id), back.map((e) => [e.id, e.text, e.seed]),
-              m.merged(back, [one]).map((e) => e.id), long.reduce(m.withEntry, []).length];
+              m.merged(back, [one]).map((e) => e.id),
+              m.bounded(long.reduce(m.withEntry, [])).length];
     }"""
     ids, back, merged, kept = run("history.js", script)
     assert ids == ["3", "2"]
     assert back == [["3", "xyz", 1], ["2", "abcdef", 1]]
     assert merged == ["3", "2", "1"]
     assert kept == 100
+
+
+def test_a_browser_without_room_says_what_it_kept(run: Callable[..., Any]) -> None:
+    # A storage that holds 1,000 characters stands in for the browser's.
+    script = """async (m) => {
+      const { HistoryStore } = await import("/history-store.js");
+      const put = Storage.prototype.setItem;
+      localStorage.clear();
+      Storage.prototype.setItem = function (name, value) {
+        if (value.length > 1000) throw new DOMException("full", "QuotaExceededError");
+        put.call(this, name, value);
+      };
+      try {
+        const store = new HistoryStore();
+        const entry = (id) => ({ id: `${id}`, time: `2026-01-0${id}T00:00:00Z`, model: "m",
+          text: `${id}`.repeat(10), runs: [], settings: m.settingsFrom({}), seed: null });
+        const said = [store.take([3, 1, 2, 4, 5, 6, 7, 8].map(entry))];
+        const ids = () => store.entries.map((one) => one.id).join("");
+        const kept = [ids()];
+        said.push(store.add(entry(9)));
+        kept.push(ids());
+        store.remove("9");
+        kept.push(ids());
+        said.push(store.add({ ...entry(9), text: "x".repeat(2000) }));
+        kept.push(ids(), new HistoryStore().entries.length);
+        return [said, kept];
+      } finally {
+        Storage.prototype.setItem = put;
+        localStorage.clear();
+      }
+    }"""
+    (taken, added, alone), (first, second, third, fourth, elsewhere) = run("options.js", script)
+    room = len(first)
+    assert first == "87654321"[:room]
+    assert 2 <= room < 8
+    assert taken.startswith(
+        f"8 read, {room} added, {8 - room} left out: this browser has no more room"
+    )
+    assert second == "987654321"[:room]
+    assert added == "The oldest made room for the newest: this browser has no more room."
+    assert third == second[1:], "deleted"
+    assert "in this tab only" in alone
+    assert (fourth, elsewhere) == (second, room - 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "other", "entries": []}'])

@@ -1,15 +1,18 @@
 // The history: a dialog over the entries that this browser keeps.
 
 import { button, byId, dialog, make, makeButton, node } from "./dom.js";
-import { entriesFrom, exported, imported, merged, withEntry } from "./history.js";
-import { keep, recall } from "./storage.js";
+import { exported, imported } from "./history.js";
+import { HistoryStore } from "./history-store.js";
+import { STORED_HISTORY } from "./storage.js";
 
 /** @typedef {import("./history.js").Entry} Entry */
 
 const SHOWN_CHARACTERS = 240;
 
 export class HistoryView {
-  #entries = entriesFrom(recall("history"));
+  #store = new HistoryStore();
+  #list = node("history-list");
+  #added = "";
   #dialog = dialog("history-dialog");
   #file = byId("history-file", HTMLInputElement);
 
@@ -20,50 +23,41 @@ export class HistoryView {
     button("export-history").addEventListener("click", () => this.#export());
     button("import-history").addEventListener("click", () => this.#file.click());
     this.#file.addEventListener("change", () => this.#import());
-    button("clear-history").addEventListener("click", () => this.#set([], "All deleted."));
+    button("clear-history").addEventListener("click", () => {
+      this.#store.clear();
+      this.#say("All deleted.");
+    });
+    // Another tab has changed it, or the browser has emptied its storage (null).
+    addEventListener("storage", ({ key }) => {
+      if ((key === null || key === STORED_HISTORY) && this.#dialog.open) this.#show();
+    });
   }
 
   open() {
-    node("history-message").textContent = "";
-    this.#show();
+    this.#say(this.#added);
+    this.#added = "";
     this.#dialog.showModal();
   }
 
   /** @param {Entry} entry */
   add(entry) {
-    this.#store(withEntry(this.#entries, entry));
+    // Told when the dialog is opened: what came later may have nothing to say.
+    this.#added = this.#store.add(entry) || this.#added;
   }
 
-  /**
-   * @param {Entry[]} entries
-   * @param {string} message
-   */
-  #set(entries, message) {
-    const isKept = this.#store(entries);
-    node("history-message").textContent = isKept
-      ? message
-      : "This browser keeps nothing: its storage is full or off.";
+  /** @param {string} message */
+  #say(message) {
+    node("history-message").textContent = message;
     this.#show();
   }
 
-  /**
-   * Keeps the entries, of the newest as many as the browser has room for.
-   * @param {Entry[]} entries
-   */
-  #store(entries) {
-    this.#entries = entries;
-    while (!keep("history", this.#entries)) {
-      if (this.#entries.length <= 1) return false;
-      this.#entries = this.#entries.slice(0, Math.ceil(this.#entries.length / 2));
-    }
-    return true;
-  }
-
   #show() {
-    node("history-list").replaceChildren(...this.#entries.map((entry) => this.#row(entry)));
-    node("history-empty").hidden = this.#entries.length > 0;
-    button("export-history").disabled = button("clear-history").disabled =
-      this.#entries.length === 0;
+    const { entries } = this.#store;
+    const hadFocus = this.#list.contains(document.activeElement);
+    this.#list.replaceChildren(...entries.map((entry) => this.#row(entry)));
+    node("history-empty").hidden = entries.length > 0;
+    button("export-history").disabled = button("clear-history").disabled = entries.length === 0;
+    if (hadFocus) button("import-history").focus();
   }
 
   /** @param {Entry} entry */
@@ -85,11 +79,8 @@ export class HistoryView {
     const remove = makeButton(
       "Delete",
       () => {
-        this.#set(
-          this.#entries.filter((other) => other !== entry),
-          "Deleted.",
-        );
-        button("import-history").focus();
+        this.#store.remove(entry.id);
+        this.#say("Deleted.");
       },
       "quiet",
     );
@@ -98,7 +89,7 @@ export class HistoryView {
 
   #export() {
     const url = URL.createObjectURL(
-      new Blob([exported(this.#entries)], { type: "application/json" }),
+      new Blob([exported(this.#store.entries)], { type: "application/json" }),
     );
     const link = make("a", { attributes: { href: url, download: "meshlm-history.json" } });
     link.click();
@@ -109,8 +100,7 @@ export class HistoryView {
     const file = this.#file.files?.[0];
     if (!file) return;
     try {
-      const more = imported(await file.text());
-      this.#set(merged(this.#entries, more), `${more.length} read.`);
+      this.#say(this.#store.take(imported(await file.text())));
     } catch (error) {
       node("history-message").textContent = /** @type {Error} */ (error).message;
     }

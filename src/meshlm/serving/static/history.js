@@ -14,8 +14,8 @@ import { documentFrom } from "./share.js";
  * @property {number | null} seed of the last run
  */
 
-const MOST_ENTRIES = 100;
-const MOST_CHARACTERS = 1_000_000;
+export const MOST_ENTRIES = 100;
+export const MOST_CHARACTERS = 1_000_000;
 const FORMAT = "meshlm-history-1";
 
 /**
@@ -25,7 +25,7 @@ const FORMAT = "meshlm-history-1";
  */
 export function withEntry(entries, entry) {
   const isMore = entries.length > 0 && entry.text.startsWith(entries[0].text);
-  return bounded([entry, ...(isMore ? entries.slice(1) : entries)]);
+  return [entry, ...(isMore ? entries.slice(1) : entries)];
 }
 
 /**
@@ -35,9 +35,25 @@ export function withEntry(entries, entry) {
  */
 export function merged(entries, more) {
   const all = new Map([...more, ...entries].map((entry) => [entry.id, entry]));
-  return bounded(
-    [...all.values()].sort((a, b) => (a.time < b.time ? 1 : a.time > b.time ? -1 : 0)),
-  );
+  return [...all.values()].sort((a, b) => (a.time < b.time ? 1 : a.time > b.time ? -1 : 0));
+}
+
+/**
+ * Returns those of other entries that a list has not and has room for, newest first.
+ * @param {Entry[]} entries
+ * @param {Entry[]} more
+ */
+export function fitting(entries, more) {
+  const known = new Set(entries.map((entry) => entry.id));
+  const fresh = merged(more, []).filter((entry) => !known.has(entry.id));
+  let left = entries.reduce((sum, entry) => sum - entry.text.length, MOST_CHARACTERS);
+  const fits = fresh.filter(({ text }) => {
+    const isFit = text.length <= left;
+    if (isFit) left -= text.length;
+    return isFit;
+  });
+  const kept = fits.slice(0, Math.max(0, MOST_ENTRIES - entries.length));
+  return { kept, left: fresh.length - kept.length };
 }
 
 /** @param {Entry[]} entries */
@@ -88,8 +104,11 @@ function isEntry(value) {
   return texts.every((text) => typeof text === "string") && !Number.isNaN(Date.parse(value.time));
 }
 
-/** @param {Entry[]} entries */
-function bounded(entries) {
+/**
+ * Returns the newest entries, as many as a history holds.
+ * @param {Entry[]} entries
+ */
+export function bounded(entries) {
   let characters = 0;
   return entries.slice(0, MOST_ENTRIES).filter((entry, index) => {
     characters += entry.text.length;

@@ -1,5 +1,8 @@
 // The browser's stores, which may be switched off or full: then nothing is kept.
 
+/** The history's own name in the store, which `storage` events tell. */
+export const STORED_HISTORY = "meshlm.history";
+
 /**
  * Returns the value kept under a name, null where there is none that can be read.
  * @param {string} name
