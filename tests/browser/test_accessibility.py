@@ -152,6 +152,16 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(visit: Visit) -> 
     assert [name for name in reached if name in wanted] == wanted, "in the order of reading"
 
 
+def test_the_skip_link_leads_into_the_text(visit: Visit) -> None:
+    visit.write(PROMPT)
+    visit.click("Probabilities")
+    visit(".skip").focus()
+    visit(".skip").press("Enter")
+    expect(visit("#text")).to_be_focused()
+    visit.page.keyboard.type("!")
+    assert visit.text == f"{PROMPT}!"
+
+
 def test_a_screen_reader_is_told_once_and_not_by_the_stream(visit: Visit) -> None:
     assert visit("[role=status]").count() == 1
     assert visit("[aria-live], [role=alert], [role=log]").count() == 0

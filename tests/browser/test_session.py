@@ -367,6 +367,62 @@ def test_history_restores_deletes_exports_and_imports(visit: Visit, tmp_path: Pa
     expect(visit("#history-message")).to_contain_text("not an exported history")
 
 
+def test_two_tabs_share_one_history(visit: Visit, server: Server, context: BrowserContext) -> None:
+    other = Visit(context.new_page(), server.url).open()
+    for tab, text in ((visit, "one"), (other, "two"), (visit, "three")):
+        tab.write(text)
+        tab.set(max_tokens=3)
+        tab.generate()
+    entries = visit("#history-list li")
+    visit.click("History")
+    expect(entries).to_have_count(3)
+    other.click("History")
+    other("#history-list li").nth(1).get_by_role("button", name="Delete").click()
+    expect(entries).to_have_count(2)
+    visit.page.keyboard.press("Escape")
+    # What the other tab deleted stays deleted when this one adds.
+    visit.write("four")
+    visit.generate()
+    visit.click("History")
+    texts = visit(".history-text").all_text_contents()
+    assert [text[:3] for text in texts] == ["fou", "thr", "one"]
+    expect(other("#history-list li")).to_have_count(3)
+    other.check_clean()
+
+
+def test_an_import_tells_what_there_was_no_room_for(visit: Visit, tmp_path: Path) -> None:
+    visit.write("mine")
+    visit.set(max_tokens=3)
+    visit.generate()
+    entry = {"time": "2999-01-01T00:00:00Z", "model": "m", "runs": [], "settings": {}}
+    entries = [{**entry, "id": f"{i}", "text": f"{i} text"} for i in range(300)]
+    path = tmp_path / "history.json"
+    path.write_text(json.dumps({"format": "meshlm-history-1", "entries": entries}))
+    visit.click("History")
+    visit("#history-file").set_input_files(path)
+    expect(visit("#history-message")).to_contain_text("300 read, 99 added, 201 left out: the his")
+    expect(visit("#history-list li")).to_have_count(100)
+    expect(visit(".history-text").last).to_contain_text("mine")
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (320, 640)])
+def test_the_historys_buttons_lie_below_its_entries(visit: Visit, size: tuple[int, int]) -> None:
+    visit.page.set_viewport_size({"width": size[0], "height": size[1]})
+    for number in range(4):
+        visit.write(f"{number} " + "many words " * 9)
+        visit.set(max_tokens=2)
+        visit.generate()
+    visit.click("History")
+    visit("#history-list li").last.scroll_into_view_if_needed()
+    entries = visit("#history-list").bounding_box()
+    button = visit("#export-history").bounding_box()
+    assert entries is not None
+    assert button is not None
+    assert entries["y"] + entries["height"] <= button["y"]
+    clips = "(list) => list.scrollHeight <= list.clientHeight || getComputedStyle(list).overflowY"
+    assert visit("#history-list").evaluate(clips) in (True, "auto")
+
+
 def test_a_reload_loses_nothing(visit: Visit) -> None:
     visit.write(PROMPT)
     visit.set(max_tokens=6, temperature=0.33)
@@ -396,6 +452,32 @@ def test_a_shared_link_opens_text_and_settings_elsewhere(
         assert other("#set-temperature").input_value() == "0.41"
         assert "#" not in other.page.url, "a reload would lose what is written later"
         other.check_clean()
+
+
+@pytest.mark.parametrize("fragment", ["#s=", "#s=%%%", "#s=eyJ0ZXh0Ijoi", "#s=eyJ0ZXh0IjoxfQ"])
+def test_a_damaged_link_is_told_and_changes_nothing(visit: Visit, fragment: str) -> None:
+    visit.write(PROMPT)
+    visit.page.evaluate("(fragment) => { location.hash = fragment; }", fragment)
+    notice = visit.notice("This link is damaged.")
+    expect(notice).to_contain_text("ask for it again")
+    assert visit.text == PROMPT
+    notice.get_by_role("button", name="Close").click()
+    expect(notice).to_be_hidden()
+    visit.page.wait_for_timeout(500)
+    visit.page.goto("about:blank")
+    visit.open(fragment)
+    visit.notice("This link is damaged.")
+    assert visit.text == PROMPT
+
+
+def test_half_a_character_is_sent_as_the_sign_for_it(visit: Visit) -> None:
+    visit("#text").evaluate(
+        "(area) => { area.value = 'a\\ud83d b 🙂'; area.dispatchEvent(new Event('input')); }"
+    )
+    visit.set(max_tokens=2)
+    visit.generate()
+    assert visit.requests()[0]["prompt"] == "a� b 🙂"
+    expect(visit("#status")).to_contain_text("Done")
 
 
 def test_the_theme_is_chosen_and_kept(visit: Visit) -> None:

@@ -53,6 +53,24 @@ export function kindOf(status, error) {
 }
 
 /**
+ * Returns a text that can be sent: a half of a surrogate pair alone becomes U+FFFD, as long as it.
+ * @param {string} text
+ */
+export function wellFormed(text) {
+  return text.replace(/\p{Surrogate}/gu, "\ufffd");
+}
+
+/**
+ * Returns a request's body as JSON, every text in it fit to be sent.
+ * @param {object} body
+ */
+function jsonOf(body) {
+  return JSON.stringify(body, (_, value) =>
+    typeof value === "string" ? wellFormed(value) : value,
+  );
+}
+
+/**
  * Returns the seconds that a Retry-After header asks for, null without one.
  * @param {string | null} header
  */
@@ -90,7 +108,7 @@ export class Api {
   async post(path, body, signal) {
     const response = await this.#answer(path, {
       method: "POST",
-      body: JSON.stringify(body),
+      body: jsonOf(body),
       signal,
     });
     try {
@@ -110,7 +128,7 @@ export class Api {
   async *stream(path, body, signal) {
     const response = await this.#answer(path, {
       method: "POST",
-      body: JSON.stringify(body),
+      body: jsonOf(body),
       signal,
     });
     const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();

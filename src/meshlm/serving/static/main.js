@@ -1,7 +1,7 @@
 // Puts the page together: what the buttons and keys do, and what is shown when.
 
 import { AlternativesPanel } from "./alternatives.js";
-import { Api, ApiError } from "./api.js";
+import { Api, ApiError, wellFormed } from "./api.js";
 import { setUpTheme } from "./appearance.js";
 import { Counter } from "./counter.js";
 import { KeyDialog, copied, setUpCode, setUpExamples } from "./dialogs.js";
@@ -16,7 +16,7 @@ import { Runner } from "./runner.js";
 import { SamplesView } from "./samples.js";
 import { Session } from "./session.js";
 import { SettingsPanel } from "./settings.js";
-import { documentFrom, fragmentOf, sharedIn } from "./share.js";
+import { documentFrom, fragmentOf, isShared, sharedIn } from "./share.js";
 import { keep, keepKey, recall, recallKey } from "./storage.js";
 import { TokensView } from "./tokens.js";
 import { Watch } from "./watch.js";
@@ -27,6 +27,7 @@ let key = recallKey();
 let model = "";
 let view = /** @type {"text" | "tokens"} */ ("text");
 let wasBusy = false;
+let isLinkDamaged = false;
 
 const announce = (/** @type {string} */ words) => (node("status").textContent = words);
 const api = new Api(base, () => key);
@@ -102,7 +103,12 @@ const watch = new Watch(base, {
   announce,
   isBusy: () => runner.isBusy,
   again: () => runner.again,
-  onReady: () => void loadFacts(),
+  onReady: () => {
+    void loadFacts();
+    // What was said of the server meanwhile stood in its place.
+    if (isLinkDamaged) tellDamaged();
+    isLinkDamaged = false;
+  },
 });
 
 setUpExamples((example) => {
@@ -141,6 +147,11 @@ function setUpButtons() {
     "view-tokens": () => choose("tokens"),
   };
   for (const [id, action] of Object.entries(actions)) button(id).addEventListener("click", action);
+  document.querySelector(".skip")?.addEventListener("click", (event) => {
+    event.preventDefault();
+    choose("text");
+    editor.focus();
+  });
 }
 
 function setUpKeys() {
@@ -251,7 +262,7 @@ function currentRequest() {
   const seed = settings.seed ?? drawSeed();
   return requestOf(settings, {
     model,
-    prompt: session.doc.text,
+    prompt: wellFormed(session.doc.text),
     seed,
     maxTokens: settings.max_tokens,
   });
@@ -292,11 +303,30 @@ async function share() {
 
 /** Opens what the address holds, once: what is written later is not to be lost by a reload. */
 function openShared() {
+  if (!isShared(location.hash)) return;
   const shared = sharedIn(location.hash);
-  if (!shared || runner.isBusy) return;
-  session.change(shared.doc);
-  panel.set(shared.settings);
+  if (shared && runner.isBusy) return;
+  if (shared) {
+    session.change(shared.doc);
+    panel.set(shared.settings);
+  } else {
+    isLinkDamaged = model === "";
+    tellDamaged();
+  }
   history.replaceState(null, "", base);
+}
+
+function tellDamaged() {
+  const close = () => {
+    notices.clear("damaged");
+    editor.focus();
+  };
+  notices.show({
+    id: "damaged",
+    title: "This link is damaged.",
+    text: "It holds no text that can be read: ask for it again. Your own text is as it was.",
+    actions: [{ text: "Close", run: close }],
+  });
 }
 
 /**

@@ -21,11 +21,19 @@ export function fragmentOf(doc, settings) {
 }
 
 /**
+ * Whether a fragment is, or was once, one of a link to a document.
+ * @param {string} fragment
+ */
+export function isShared(fragment) {
+  return fragment.startsWith(PREFIX);
+}
+
+/**
  * Returns what a fragment holds, null where it holds nothing that can be read.
  * @param {string} fragment
  */
 export function sharedIn(fragment) {
-  if (!fragment.startsWith(PREFIX) || fragment.length > MOST_CHARACTERS) return null;
+  if (!isShared(fragment) || fragment.length > MOST_CHARACTERS) return null;
   try {
     const binary = atob(fragment.slice(PREFIX.length).replaceAll("-", "+").replaceAll("_", "/"));
     const bytes = Uint8Array.from(binary, (character) => character.charCodeAt(0));
