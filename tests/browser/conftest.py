@@ -39,7 +39,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         (pytest.fail if IN_CI else pytest.skip)(NO_BROWSER)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: playwright's loop runs in this thread while it is open, and tests of other
+# modules that pytest runs in the same process could not start one of their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
