@@ -46,10 +46,6 @@ class Compiled:
         self.row_sizes = row_sizes(slots)
         self._executables: dict[Key, Callable[..., Any]] = {}
 
-    def __len__(self) -> int:
-        """The number of executables."""
-        return len(self._executables)
-
     def get(self, *key: str | int) -> Callable[..., Any]:
         """Returns an executable; KeyError where there is none of this size."""
         return self._executables[key]
