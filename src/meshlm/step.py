@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from meshlm.core.sharding import current_rules, use_mesh
 from meshlm.core.tree import PyTree, cast_floating, pytree
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Params, decay_mask, init_params, shared_mask
@@ -116,7 +117,7 @@ def begin_state(config: StepConfig, params: PyTree) -> TrainState:
 
 def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
     """Returns the state's `jax.ShapeDtypeStruct`s with their shardings on `mesh`; no memory."""
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, current_rules()):
         shapes = jax.eval_shape(lambda: init_state(config, 0))
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

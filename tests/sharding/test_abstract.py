@@ -111,7 +111,8 @@ def logits_of_6b(mesh):
     ],
 )
 def test_a_wrong_rule_is_an_error_when_traced(monkeypatch, dim, axes):
-    monkeypatch.setitem(sharding.RULES, dim, axes)
+    wrong = dataclasses.replace(sharding.DEFAULT_RULES, **{dim: axes})
+    monkeypatch.setattr(sharding, "current_rules", lambda: wrong)
     with pytest.raises(Exception, match=axes[-1]):
         logits_of_6b(EVERY)
 

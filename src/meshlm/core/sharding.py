@@ -1,7 +1,8 @@
 """How arrays are split: the mesh's axes, the one table of rules, and the specs made from it.
 
 An *axis* is a mesh axis, a *dim* a tensor dimension. Every mesh has the same three axes, of size 1
-where they are not used, so that one program text serves a laptop and a pod:
+where they are not used, so that one program text serves a laptop and a pod. What they mean by
+default (`fsdp-tensor`; the others are in the table below):
 
     replica   whole copies of the weights (several slices); gradients are summed over it once a step
     data      the batch, and the weights' shards (FSDP): gathered for use, one layer at a time
@@ -11,9 +12,11 @@ The sharding is explicit (`jax.sharding.AxisType.Explicit`): a spec is part of a
 a mistake is an error when the function is traced, with or without devices.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -21,22 +24,79 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshlm.core.errors import UsageError
 
 AXES = ("replica", "data", "model")
+Axes = tuple[str, ...]
+ShardingName = Literal["data", "fsdp", "fsdp-tensor", "tensor", "replica-fsdp"]
 
-# The one rule table: logical dim -> mesh axes that split it. Dims that are not named stay whole.
-RULES: dict[str, tuple[str, ...]] = {
-    # activations
-    "batch": ("replica", "data"),
-    # weights as stored
-    "embed": ("data",),
-    "heads": ("model",),
-    "ff": ("model",),
-    "vocab": ("model",),
-    # The table is split by embedding dim alone. A lookup then is local and costs one all-gather of
-    # activations over `model`; split by vocabulary too it would be rematerialised whole.
-    "table_embed": ("model", "data"),
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which mesh axes split each logical dim. Dims that are not named here stay whole."""
+
+    name: ShardingName
+    batch: Axes
+    """Rows of the batch, in activations."""
+    embed: Axes = ()
+    """The width of the residual stream, in weights: gathered just before a weight is used."""
+    heads: Axes = ()
+    ff: Axes = ()
+    vocab: Axes = ()
+    table_embed: Axes = ()
+    """The embedding table is split by its width alone. A lookup then is local and costs at most one
+    all-gather of activations over `model`; split by vocabulary too it would be rematerialised."""
+
+    def axes(self, dim: str | None) -> Axes:
+        """Returns the axes that split a logical dim."""
+        return getattr(self, dim) if dim in _LOGICAL_DIMS else ()
+
+
+_LOGICAL_DIMS = tuple(f.name for f in dataclasses.fields(Rules) if f.name != "name")
+_ALL = AXES
+_TENSOR: dict[str, Axes] = dict.fromkeys(("heads", "ff", "vocab"), ("model",))
+
+# The one table. `gathered` weights are whole for use, so the axes of `embed` may be the batch's.
+RULES: dict[str, Rules] = {
+    rules.name: rules
+    for rules in (
+        Rules(name="data", batch=_ALL),
+        Rules(name="fsdp", batch=_ALL, embed=_ALL, table_embed=_ALL),
+        Rules(
+            name="fsdp-tensor",
+            batch=("replica", "data"),
+            embed=("data",),
+            table_embed=("model", "data"),
+            **_TENSOR,
+        ),
+        Rules(name="tensor", batch=("replica", "data"), table_embed=("model",), **_TENSOR),
+        Rules(
+            name="replica-fsdp",
+            batch=_ALL,
+            embed=("data", "model"),
+            table_embed=("data", "model"),
+        ),
+    )
 }
-# Axes over which a weight is gathered just before it is used.
-GATHERED = ("data",)
+DEFAULT_RULES = RULES["fsdp-tensor"]
+# Part of what a compiled function is remembered by.
+_rules = jax.make_user_context(DEFAULT_RULES)
+_platform = jax.make_user_context("")
+
+
+def current_rules() -> Rules:
+    """Returns the rules that `use_mesh` has entered."""
+    return _rules.value
+
+
+def target_platform() -> str:
+    """Returns the platform that is computed or compiled for: the entered mesh's, or JAX's own."""
+    return _platform.value or jax.default_backend()
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
+    """Enters a mesh and the rules by which arrays are split over it (`fsdp-tensor`)."""
+    platform = mesh.devices.flat[0].platform
+    with jax.set_mesh(mesh), _rules(rules or DEFAULT_RULES), _platform(platform):
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +122,9 @@ class MeshConfig:
         """The number of devices in the mesh."""
         return self.replica * self.data * self.model
 
-    @property
-    def batch_shards(self) -> int:
-        """The number of parts into which the batch is split."""
-        return self.replica * self.data
+    def shards(self, axes: Axes) -> int:
+        """Returns the number of parts into which these axes split a dim."""
+        return math.prod(getattr(self, axis) for axis in axes)
 
 
 def make_mesh(
@@ -92,7 +151,7 @@ def make_mesh(
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:
-    """Returns the spec of an array with these logical dims, from the rule table.
+    """Returns the spec of an array with these logical dims, from the rules that are entered.
 
     An axis of size 1 splits nothing and is left out, so that on one device every spec is empty.
 
@@ -104,11 +163,12 @@ def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = Fals
     Raises:
         ValueError: two dims claim the same mesh axis.
     """
+    rules = current_rules()
     parts: list[Any] = []
     used: dict[str, str] = {}
     for dim in dims:
-        dropped = GATHERED if gathered and dim != "batch" else ()
-        axes = tuple(a for a in (RULES.get(dim, ()) if dim else ()) if a not in dropped)
+        dropped = rules.embed if gathered and dim != "batch" else ()
+        axes = tuple(axis for axis in rules.axes(dim) if axis not in dropped)
         for axis in axes:
             if axis in used:
                 raise ValueError(
@@ -120,10 +180,18 @@ def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = Fals
     return PartitionSpec(*parts)
 
 
-def is_split(*axes: str) -> bool:
-    """True where the mesh that is entered has one of these axes (any, if none is named) above 1."""
+def is_split() -> bool:
+    """True where the mesh that is entered has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in axes or AXES)
+    return not mesh.empty and mesh.size > 1
+
+
+def axes_of(dim: str) -> frozenset[str]:
+    """Returns the axes above 1 of the mesh that is entered that split a logical dim."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return frozenset()
+    return frozenset(axis for axis in current_rules().axes(dim) if mesh.shape[axis] > 1)
 
 
 def spec(*dims: str | None, gathered: bool = False) -> PartitionSpec | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from meshlm.core.sharding import RULES, reshard
+from meshlm.core.sharding import current_rules, reshard, use_mesh
 from meshlm.core.tree import map_named, pytree
 from meshlm.generation import sampling
 from meshlm.generation.config import MAX_ALTERNATIVES
@@ -133,11 +133,11 @@ class DecodeModel:
     def batch_shards(self) -> int:
         """The number of parts into which rows are split; their number is a multiple of it."""
         mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
-        return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in current_rules().batch)
 
 
 def _entered(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    return contextlib.nullcontext() if mesh is None else use_mesh(mesh, current_rules())
 
 
 @functools.partial(jax.jit, static_argnames="shape")

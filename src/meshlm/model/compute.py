@@ -7,6 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from meshlm.core.sharding import MeshConfig, current_rules
+from meshlm.model.config import ModelConfig
+from meshlm.model.params import count_params
+
 Remat = Literal["none", "minimal", "full"]
 
 
@@ -24,6 +28,32 @@ class Compute:
     """Precision in which the rotary angles are computed; their sines are float32."""
     rounded: bool = False
     """Every product, norm and sum is rounded to `dtype`, and the residual stream with them."""
+
+
+# A layer compiled by itself trains faster on a CPU, but takes its own time to compile.
+_MOST_UNROLLED_LAYERS = 12
+
+
+def choose_compute(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    *,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: Remat | None = None,
+) -> Compute:
+    """Returns how a model is trained on a mesh, by the rules entered, where nothing else is asked.
+
+    Args:
+        remat: what the backward pass computes again; None chooses by the model's size.
+    """
+    large = count_params(model) >= 1e9
+    # What is not computed again is kept, the weights that were gathered for use included.
+    kept = "minimal" if mesh.shards(current_rules().embed) > 1 else "none"
+    return Compute(
+        dtype=dtype,
+        remat=remat or ("full" if large else kept),
+        scan_layers=model.num_layers > _MOST_UNROLLED_LAYERS,
+    )
 
 
 def rounded(x: jax.Array, compute: Compute) -> jax.Array:

@@ -1,6 +1,7 @@
 """The shape of a model, and the named shapes."""
 
 import dataclasses
+import difflib
 
 from meshlm.core.errors import UsageError
 
@@ -80,3 +81,26 @@ def vocab_rows(tokenizer_size: int) -> int:
     if tokenizer_size == GPT2_VOCAB_SIZE:
         return GPTJ_VOCAB_ROWS
     return -(-tokenizer_size // 128) * 128
+
+
+def find_preset(name: str) -> ModelConfig:
+    """Returns the preset of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"--preset {name}: {hint}choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def name_of(model: ModelConfig) -> str:
+    """Returns the preset's name for a shape, whatever its vocabulary, or `custom`."""
+    for name, preset in PRESETS.items():
+        if preset == dataclasses.replace(
+            model, vocab_size=preset.vocab_size, embedding_bias=preset.embedding_bias
+        ):
+            return name
+    return "custom"

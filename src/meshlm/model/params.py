@@ -172,11 +172,10 @@ def unstack_blocks(params: Params) -> Params:
 
 def check_divides(config: ModelConfig, mesh: sharding.MeshConfig) -> None:
     """Raises UsageError where a mesh axis does not divide a dim that it splits."""
-    sizes = {axis: getattr(mesh, axis) for axis in sharding.AXES}
 
     def check(name: str, weight: Weight) -> None:
         for size, dim in zip(weight.shape, weight.dims, strict=True):
-            shards = math.prod(sizes[axis] for axis in sharding.RULES.get(dim or "", ()))
+            shards = mesh.shards(sharding.current_rules().axes(dim))
             if size % shards:
                 raise sharding.UsageError(
                     f"{name} has {size} rows of {dim!r}, which {shards} devices cannot share "

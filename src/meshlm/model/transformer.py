@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import is_split, reshard, spec
+from meshlm.core.sharding import axes_of, reshard, spec
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
@@ -248,11 +248,11 @@ def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax
 
 
 def _shared_input(x_BTD: jax.Array) -> jax.Array:
-    """Returns x for several products over `model`, whose gradients then share one reduction."""
-    batch = spec("batch", None, None)
-    if batch is None or not is_split("model"):
+    """Returns x for several products over `heads`, whose gradients then share one reduction."""
+    batch, heads = spec("batch", None, None), axes_of("heads")
+    if batch is None or not heads:
         return x_BTD
-    return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=frozenset({"model"})))
+    return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=heads))
 
 
 def final_norm(

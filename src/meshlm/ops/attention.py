@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from meshlm.core.sharding import target_platform
+
 # Finite, so that a row with nothing to look at gives finite weights; the original's value.
 MASKED = -1e10
 
@@ -37,7 +39,7 @@ def attend(
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = target_platform() == "cpu"
     if on_cpu and q_BTNH.shape[1] == 1:
         # Products with one row have no bfloat16 kernel there.
         q_BTNH, k_BNSH, v_BNSH = (x.astype(jnp.float32) for x in (q_BTNH, k_BNSH, v_BNSH))

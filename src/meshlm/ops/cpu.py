@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meshlm.core.sharding import is_split
+from meshlm.core.sharding import is_split, target_platform
 
 _TILE = 16
 _barrier = jax.lax.optimization_barrier
@@ -21,7 +21,7 @@ _barrier = jax.lax.optimization_barrier
 
 def is_faster(dtype: Any) -> bool:
     """True where this module's forms are the fast ones: bfloat16 on one CPU device."""
-    return jax.default_backend() == "cpu" and dtype == jnp.bfloat16 and not is_split()
+    return target_platform() == "cpu" and dtype == jnp.bfloat16 and not is_split()
 
 
 def product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import is_split, reshard, spec
+from meshlm.core.sharding import axes_of, reshard, spec
 from meshlm.ops import cpu, quantised
 from meshlm.ops import streamed as streaming
 
@@ -49,8 +49,8 @@ def dot(
         x: activations; the last `contract` dims are contracted.
         weight: the last `contract` dims are contracted.
         contract: the number of dims to contract.
-        partial: leave the sum over `model` to the caller, who adds several such products and then
-            reduces once (`core.sharding.reshard`).
+        partial: leave the sum over the axes of `heads` to the caller, who adds several such
+            products and then reduces once (`core.sharding.reshard`).
     """
     inner = math.prod(x.shape[x.ndim - contract :])
     rows, out = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
@@ -84,9 +84,8 @@ def _dot_sharding(
         return None
     x_spec, w_spec = (jax.typeof(a).sharding.spec.partitions for a in (x, weight))
     parts = (*x_spec[: x.ndim - contract], *w_spec[: weight.ndim - contract])
-    if partial and is_split("model"):
-        return PartitionSpec(*parts, unreduced=frozenset({"model"}))
-    return PartitionSpec(*parts)
+    # The contracted dims are split as heads and feed-forward are.
+    return PartitionSpec(*parts, unreduced=axes_of("heads") if partial else frozenset())
 
 
 def add_bias(x: Float[Array, "B T N"], bias: Float[Array, "N"]) -> Float[Array, "B T N"]:

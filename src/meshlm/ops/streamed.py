@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshlm.core.kernels import ATTENTION, PRODUCTS, kernels
-from meshlm.core.sharding import is_split
+from meshlm.core.sharding import is_split, target_platform
 from meshlm.ops.quantised import Quantised
 
 # From here on XLA's products, which compute rather than read, are as fast.
@@ -27,7 +27,7 @@ _TYPES = (jnp.float32, jnp.bfloat16)
 
 def is_faster(num_rows: int) -> bool:
     """True where this module's form is the fast one: few rows, one CPU device, a C compiler."""
-    few = num_rows <= MAX_ROWS and jax.default_backend() == "cpu" and not is_split()
+    few = num_rows <= MAX_ROWS and target_platform() == "cpu" and not is_split()
     return few and kernels().ready
 
 

@@ -6,17 +6,16 @@ must be what the run has.
 """
 
 import dataclasses
-import difflib
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 from meshlm.core.config import from_dict
 from meshlm.core.errors import UsageError
-from meshlm.core.sharding import MeshConfig
-from meshlm.model.config import PRESETS, ModelConfig, vocab_rows
+from meshlm.core.sharding import MeshConfig, current_rules
+from meshlm.model.compute import Remat, choose_compute
+from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
 from meshlm.model.params import check_divides, count_params
-from meshlm.model.transformer import Compute, Remat
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepConfig
 
@@ -194,14 +193,7 @@ class RunConfig:
 
     def step_config(self, remat: Remat | None, mesh: MeshConfig) -> StepConfig:
         """Returns what the compiled step depends on."""
-        large = count_params(self.model) >= 1e9
-        # What is not computed again is kept, the weights that were gathered over `data` included.
-        kept = "minimal" if mesh.data > 1 else "none"
-        compute = Compute(
-            dtype=self.compute_dtype,
-            remat=remat or ("full" if large else kept),
-            scan_layers=self.model.num_layers > _MOST_UNROLLED_LAYERS,
-        )
+        compute = choose_compute(self.model, mesh, dtype=self.compute_dtype, remat=remat)
         return StepConfig(
             model=self.model,
             optimizer=self.optimizer,
@@ -212,8 +204,6 @@ class RunConfig:
         )
 
 
-# A layer compiled by itself trains faster on a CPU, but takes its own time to compile.
-_MOST_UNROLLED_LAYERS = 12
 _DEFAULTS: dict[str, Any] = {
     "preset": "demo",
     "steps": 1000,
@@ -297,29 +287,6 @@ def _model(
     return dataclasses.replace(model, vocab_size=vocab_size, embedding_bias=bias)
 
 
-def find_preset(name: str) -> ModelConfig:
-    """Returns the preset of a name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"--preset {name}: {hint}choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def name_of(model: ModelConfig) -> str:
-    """Returns the preset's name for a shape, whatever its vocabulary, or `custom`."""
-    for name, preset in PRESETS.items():
-        if preset == dataclasses.replace(
-            model, vocab_size=preset.vocab_size, embedding_bias=preset.embedding_bias
-        ):
-            return name
-    return "custom"
-
-
 def _check_shape(config: TrainConfig, model: ModelConfig) -> None:
     """Raises UsageError where an option asks for another shape than that of the weights."""
     if config.preset is not None:
@@ -370,11 +337,12 @@ def _new_optimizer(
 def check_batch(record: RunConfig, mesh: MeshConfig) -> None:
     """Raises UsageError where batch, accumulation and mesh do not divide."""
     check_divides(record.model, mesh)
-    shards = mesh.batch_shards * record.accumulate
+    devices = mesh.shards(current_rules().batch)
+    shards = devices * record.accumulate
     if record.batch_size % shards:
         raise UsageError(
-            f"--batch-size {record.batch_size} does not divide among {mesh.batch_shards} devices "
-            f"(replica x data) times --accumulate {record.accumulate}: give a multiple of {shards}"
+            f"--batch-size {record.batch_size} does not divide among {devices} devices times "
+            f"--accumulate {record.accumulate}: give a multiple of {shards}"
         )
 
 

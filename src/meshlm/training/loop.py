@@ -20,9 +20,11 @@ from meshlm.checkpoint import (
 from meshlm.checkpoint.folder import steps_in
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import device_facts
+from meshlm.core.sharding import use_mesh
 from meshlm.core.tree import from_named, to_named
 from meshlm.data.loader import BatchSource
 from meshlm.data.store import TokenStore
+from meshlm.model.flops import flops_per_token, mfu
 from meshlm.model.params import count_params
 from meshlm.step import (
     StepBatch,
@@ -38,8 +40,6 @@ from meshlm.training.lock import RunLock
 from meshlm.training.metrics import (
     MetricsLog,
     NoiseScale,
-    flops_per_token,
-    mfu,
     update_noise_scale,
 )
 from meshlm.training.origin import first_state
@@ -91,7 +91,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         make_folder(config.run)
     with RunLock(config.run):
         record, stores, mesh = resolve(config)
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh):
             return _Run(config, record, stores, mesh, console).train()
 
 
@@ -141,7 +141,7 @@ class _Run:
             self.checkpoints, keep=config.keep, keep_every=config.keep_every
         )
         self.noise = NoiseScale()
-        self.flops_per_token = _flops(record)
+        self.flops_per_token = flops_per_token(record.model, record.seq_len)
         facts = device_facts()
         devices = config.mesh.num_devices
         self.peak_flops = None if facts.peak_flops is None else facts.peak_flops * devices
@@ -394,16 +394,3 @@ class _Run:
 def _finite(x: Any) -> float | None:
     value = float(x)
     return value if value - value == 0 else None
-
-
-def _flops(record: RunConfig) -> float:
-    model = record.model
-    return flops_per_token(
-        num_layers=model.num_layers,
-        d_model=model.d_model,
-        d_ff=model.d_ff,
-        num_heads=model.num_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        seq_len=record.seq_len,
-    )

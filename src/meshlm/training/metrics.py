@@ -218,55 +218,6 @@ def _tensorboard_tag(key: str) -> str:
     return f"validation/{key[4:]}" if key.startswith("val_") else f"train/{key}"
 
 
-def matmul_params(
-    *, num_layers: int, d_model: int, d_ff: int, num_heads: int, head_dim: int, vocab_size: int
-) -> int:
-    """The number of weights that every token is multiplied with: all matrices but the embedding."""
-    attention = 4 * d_model * num_heads * head_dim
-    feed_forward = 2 * d_model * d_ff
-    return num_layers * (attention + feed_forward) + d_model * vocab_size
-
-
-def flops_per_token(
-    *,
-    num_layers: int,
-    d_model: int,
-    d_ff: int,
-    num_heads: int,
-    head_dim: int,
-    vocab_size: int,
-    seq_len: int,
-) -> float:
-    """Training FLOPs a token: 6 P + 6 L T N H, forward and backward.
-
-    P is `matmul_params`: 2 FLOPs a weight forward, 4 backward. Causal attention at T = `seq_len`
-    sees T / 2 keys on average: q k^T and its product with v cost 2 T N H a layer forward, and
-    twice that backward. Recomputation (remat), the embedding's lookup, norms and softmax are not
-    counted, so that the figure is the model's and not the implementation's.
-
-    Source: PaLM (Chowdhery et al., 2022), appendix B, with its attention term halved for causality.
-    """
-    params = matmul_params(
-        num_layers=num_layers,
-        d_model=d_model,
-        d_ff=d_ff,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        vocab_size=vocab_size,
-    )
-    return 6.0 * params + 6.0 * num_layers * seq_len * num_heads * head_dim
-
-
-def mfu(
-    tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float | None
-) -> float | None:
-    """Model FLOPs utilisation, 0 to 1; None where the hardware's peak is not known.
-
-    `peak_flops_per_s` is the sum over all devices that did the `tokens_per_s`.
-    """
-    return tokens_per_s * flops_per_token / peak_flops_per_s if peak_flops_per_s else None
-
-
 @dataclass(frozen=True, kw_only=True)
 class NoiseScale:
     """Running averages behind the gradient noise scale. Both are zero before the first step."""

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from meshlm.core.sharding import MeshConfig, make_mesh
+from meshlm.core.sharding import MeshConfig, make_mesh, use_mesh
 from meshlm.data.loader import Batch
 from meshlm.step import compile_train_step, init_state
 from meshlm.training.batches import local_rows, to_device
@@ -26,7 +26,7 @@ def measure_step_s(record: RunConfig, mesh_config: MeshConfig) -> float:
     zeros = np.zeros(shape, np.int32)
     rows = Batch(tokens=zeros, targets=zeros, loss_mask=np.ones(shape, np.float32))
     times_s = []
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         state = jax.jit(lambda: init_state(step_config, 0))()
         batch = to_device(rows, mesh, record.batch_size)
         step = compile_train_step(step_config)
