@@ -170,12 +170,19 @@ def unstack_blocks(params: Params) -> Params:
     return dataclasses.replace(params, blocks=blocks)
 
 
-def check_divides(config: ModelConfig, mesh: sharding.MeshConfig) -> None:
-    """Raises UsageError where a mesh axis does not divide a dim that it splits."""
+def check_divides(
+    config: ModelConfig, mesh: sharding.MeshConfig, rules: sharding.Rules | None = None
+) -> None:
+    """Raises UsageError where a mesh axis does not divide a dim that it splits.
+
+    Args:
+        rules: those by which weights are split, where they are not entered.
+    """
+    rules = rules or sharding.current_rules()
 
     def check(name: str, weight: Weight) -> None:
         for size, dim in zip(weight.shape, weight.dims, strict=True):
-            shards = mesh.shards(sharding.current_rules().axes(dim))
+            shards = mesh.shards(rules.axes(dim))
             if size % shards:
                 raise sharding.UsageError(
                     f"{name} has {size} rows of {dim!r}, which {shards} devices cannot share "
