@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.core.errors import UsageError
-from meshlm.core.tree import to_named
+from meshlm.core.tree import count_elements, to_named
 from meshlm.model.params import decay_mask, shared_mask
 from meshlm.optim import (
     OptimizerConfig,
@@ -219,6 +219,69 @@ def test_the_optimizers_state_has_names_for_checkpoints():
     assert "adam.mu.blocks.query" in names
     assert "adam.nu.embedding" in names
     assert len(names) == 1 + 2 * 15
+
+
+def adafactor(params, gradients, config, factored):
+    """Adafactor in float64 after its paper: the parameters after each step of `gradients`."""
+    params = {name: np.float64(value) for name, value in params.items()}
+    rows, columns, squares = {}, {}, {}
+    for step, grads in enumerate(gradients):
+        norm = np.sqrt(sum((np.float64(g) ** 2).sum() for g in grads.values()))
+        kept = 1 - (step + 1.0) ** -0.8
+        for name, grad in grads.items():
+            g = np.float64(grad) * min(1.0, config.clip_norm / norm)
+            if name in factored:
+                rows[name] = kept * rows.get(name, 0) + (1 - kept) * (g**2).sum(-1)
+                columns[name] = kept * columns.get(name, 0) + (1 - kept) * (g**2).sum(-2)
+                whole = rows[name].sum(-1)[..., None, None]
+                v = rows[name][..., :, None] * columns[name][..., None, :] / whole
+            else:
+                v = squares[name] = kept * squares.get(name, 0) + (1 - kept) * g**2
+            update = g / np.sqrt(v)
+            update = update / max(1.0, np.sqrt((update**2).mean()))
+            rate = schedule(
+                config.learning_rate,
+                config.end_learning_rate,
+                config.warmup_steps,
+                config.anneal_steps,
+                step,
+            )
+            if params[name].ndim > 1:
+                update = update + config.weight_decay * params[name]
+            params[name] = params[name] - rate * update
+    return params
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 1e9])
+def test_ten_steps_of_adafactor(clip_norm):
+    config = dataclasses.replace(OPTIMIZER, name="adafactor", clip_norm=clip_norm, warmup_steps=0)
+    rng = np.random.default_rng(0)
+    # Factored, one matrix and a stack of them; a side of 127 is too short for it.
+    shapes = {"wide": (128, 130), "stack": (2, 140, 128), "narrow": (127, 200), "bias": (150,)}
+    params = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    gradients = [
+        {
+            n: (10.0 ** rng.uniform(-4, 0, (*s[:-1], 1)) * rng.standard_normal(s)).astype("f4")
+            for n, s in shapes.items()
+        }
+        for _ in range(10)
+    ]
+    mask = {name: len(shape) > 1 for name, shape in shapes.items()}
+    found = run(params, gradients, config, mask)
+    assert_trees_close(found, adafactor(params, gradients, config, {"wide", "stack"}), 1e-6)
+
+
+def test_adafactor_keeps_little():
+    large = {"matrix": jax.ShapeDtypeStruct((24, 4096, 1024), jnp.float32)}
+    mask = {"matrix": True}
+    config = dataclasses.replace(OPTIMIZER, name="adafactor")
+    state = jax.eval_shape(make_optimizer(config, mask, mask).init, large)
+    names = to_named(state)
+    assert "adafactor.v_row.matrix" in names
+    assert "adafactor.v_col.matrix" in names
+    assert count_elements(state) < 24 * (4096 + 1024) + 10
+    with pytest.raises(UsageError, match="bias_shares is 2: give 1 with adafactor"):
+        dataclasses.replace(config, bias_shares=2)
 
 
 @pytest.mark.parametrize(

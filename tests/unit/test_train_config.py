@@ -18,6 +18,7 @@ from meshlm.training import loop
 from meshlm.training.config import (
     _NUMBERS,
     _WHOLE_NUMBERS,
+    Origin,
     RunConfig,
     StoreRecord,
     TrainConfig,
@@ -38,8 +39,8 @@ def options(**given) -> TrainConfig:
     return TrainConfig(run=Path("run"), **given)
 
 
-def begun(**given) -> RunConfig:
-    return new_run(options(**given), (STORE,), "t" * 64, 512)
+def begun(*, origin: Origin | None = None, **given) -> RunConfig:
+    return new_run(options(**given), (STORE,), "t" * 64, 512, origin=origin)
 
 
 @pytest.mark.parametrize("name", _WHOLE_NUMBERS)
@@ -93,6 +94,29 @@ def test_a_run_goes_on_with_what_it_has():
         continued_run(options(), record, (OTHER,))
 
 
+def test_the_optimizer_of_a_run():
+    assert begun(preset="test").optimizer.name == "adamw"
+    record = begun(preset="test", optimizer="adafactor")
+    assert record.optimizer.name == "adafactor"
+    assert continued_run(options(), record, (STORE,)) == record
+    with pytest.raises(UsageError, match="--optimizer was adafactor in the run run and is adamw"):
+        continued_run(options(optimizer="adamw"), record, (STORE,))
+    # Adam's moments, or the original's way of training, leave no choice.
+    original = Origin(path="/weights", format="mtj", step=7, goes_on=True, shards=8)
+    with pytest.raises(UsageError, match="--resume-from needs adamw"):
+        begun(preset="test", optimizer="adafactor", origin=original)
+    begun(preset="test", optimizer="adafactor", origin=dataclasses.replace(original, goes_on=False))
+    with pytest.raises(UsageError, match="--recipe mtj-2021 needs adamw"):
+        begun(preset="test", optimizer="adafactor", recipe="mtj-2021")
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizers():
+    record = begun(preset="test", steps=100)
+    content = json.loads(to_json({"run": to_dict(record)}))
+    del content["run"]["optimizer"]["name"]
+    assert parse_config(json.dumps(content).encode(), "there") == record
+
+
 def test_the_first_difference():
     record = begun(preset="test", steps=100)
     same = dataclasses.replace(
@@ -144,6 +168,9 @@ def test_memory():
     assert state == 16 * 6_050_882_784
     assert activations == 4 * 4 * 2048 * (50_400 + 28 * 4096)
     assert least_memory_bytes(record, MeshConfig(replica=2))[0] == 2 * state
+    # Adafactor has no moments as large as the weights.
+    lean = begun(preset="gpt-j-6b", vocab_size=50_400, optimizer="adafactor")
+    assert least_memory_bytes(lean, MeshConfig())[0] == 8 * 6_050_882_784
     assert least_memory_bytes(record, MeshConfig())[1] <= activations
     check_memory(begun(preset="test"), MeshConfig())
     for huge in ({"preset": "23b"}, {"preset": "test", "batch_size": 2**31 - 1}):

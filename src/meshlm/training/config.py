@@ -16,7 +16,7 @@ from meshlm.core.sharding import MeshConfig, current_rules
 from meshlm.model.compute import Remat, choose_compute
 from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
 from meshlm.model.params import check_divides, count_params
-from meshlm.optim import OptimizerConfig
+from meshlm.optim import OptimizerConfig, OptimizerName
 from meshlm.step import StepConfig
 
 Recipe = Literal["mtj-2021"]
@@ -58,6 +58,8 @@ class TrainConfig:
     """Rows of the embedding and head. [the tokenizer's size, padded]"""
     document_mask: bool | None = None
     """Tokens see only their own document; the original let them see the whole window. [False]"""
+    optimizer: OptimizerName | None = None
+    """adafactor needs half of adamw's memory for weights, gradients and optimizer. [adamw]"""
     learning_rate: float | None = None
     """Peak learning rate. [by the model's size]"""
     end_learning_rate: float | None = None
@@ -315,6 +317,10 @@ def _given(config: TrainConfig, defaults: dict[str, Any]) -> dict[str, Any]:
 def _new_optimizer(
     config: TrainConfig, model: ModelConfig, steps: int, origin: Origin | None
 ) -> OptimizerConfig:
+    name = config.optimizer or "adamw"
+    if name != "adamw" and (config.recipe is not None or (origin and origin.goes_on)):
+        given = "--resume-from" if config.recipe is None else f"--recipe {config.recipe}"
+        raise UsageError(f"--optimizer {name}: {given} needs adamw: leave one of them out")
     inner = count_params(model) - 2 * model.vocab_size * model.d_model
     peak = config.learning_rate
     if peak is None:
@@ -331,7 +337,7 @@ def _new_optimizer(
     shares = 1
     if config.recipe is not None:
         shares = config.recipe_shards or (origin and origin.shards) or _RECIPE_SHARDS
-    return OptimizerConfig(**_given(config, derived), bias_shares=shares)
+    return OptimizerConfig(name=name, **_given(config, derived), bias_shares=shares)
 
 
 def check_batch(record: RunConfig, mesh: MeshConfig) -> None:

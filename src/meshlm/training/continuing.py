@@ -27,6 +27,7 @@ def continued_run(
     """
     then = to_dict(record)
     past = {**{name: then[name] for name in (*RUN_OPTIONS, "seq_len")}, **then["optimizer"]}
+    past["optimizer"] = record.optimizer.name
     past["vocab_size"] = record.model.vocab_size
     past["recipe_shards"] = record.optimizer.bias_shares
     past |= _origin_options(record)

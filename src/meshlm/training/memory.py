@@ -10,10 +10,11 @@ from meshlm.core.sharding import MeshConfig
 from meshlm.model.params import count_params
 from meshlm.ops import cpu
 from meshlm.ops.loss import CHUNK_ROWS
+from meshlm.optim import OptimizerName
 from meshlm.training.config import RunConfig
 
-# Weights, two moments of the optimizer and the gradient, float32 each.
-_STATE_BYTES = 16
+# Weights, gradient and AdamW's two moments, float32 each; adafactor's state is next to nothing.
+_STATE_BYTES: dict[OptimizerName, int] = {"adamw": 16, "adafactor": 8}
 _FLOAT_BYTES = 4
 
 
@@ -24,7 +25,7 @@ def least_memory_bytes(record: RunConfig, mesh: MeshConfig) -> tuple[int, int]:
     each layer, and the logits that exist at once. So what needs no more may still not fit.
     """
     model = record.model
-    state = _STATE_BYTES * count_params(model) * mesh.replica
+    state = _STATE_BYTES[record.optimizer.name] * count_params(model) * mesh.replica
     tokens = record.batch_size // record.accumulate * record.seq_len
     chunked = cpu.is_faster(jnp.dtype(record.compute_dtype)) and mesh.num_devices == 1
     logits = (min(tokens, CHUNK_ROWS) if chunked else tokens) * model.vocab_size

@@ -30,7 +30,7 @@ def open_origin(config: TrainConfig) -> Source | None:
     if config.resume_from is not None:
         if set(source.groups) != {"params", "mu", "nu"} or source.step is None:
             raise UsageError(
-                f"--resume-from {path} has weights alone, and no optimizer's state: "
+                f"--resume-from {path} has weights, and no moments of Adam: "
                 "give --init to begin with them"
             )
         schedule = source.counts["schedule"]
