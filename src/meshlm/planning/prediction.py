@@ -1,0 +1,176 @@
+"""How long a step will take: a prediction from counted work and data sheets.
+
+    step = products / (efficiency x peak) + traffic / bandwidth + exchanges that must be waited for
+
+Exchanges of weights and gradients hide behind the rest, as far as it is long enough; sums of
+activations do not. The efficiency is the model's one fitted number (planning/calibration.py).
+"""
+
+import dataclasses
+import math
+
+from meshlm.core.errors import UsageError
+from meshlm.core.platform import DeviceFacts
+from meshlm.core.sharding import Axes
+from meshlm.model.flops import flops_per_token
+from meshlm.planning.compiling import Compiled
+from meshlm.planning.links import transfer_s
+from meshlm.planning.setup import Setup
+from meshlm.planning.topology import Topology
+from meshlm.planning.work import Squares, Transfer, Work, count_work
+
+# Share of the peak at which matrix products run: fitted to the four published runs of
+# planning/calibration.py, the same for every device.
+PRODUCT_EFFICIENCY = 0.78
+# Rows and columns of a chip's matrix unit where they are not 128. Source: Google's TPU v6e pages.
+_UNIT_WIDTHS = {"TPU v6 lite": 256, "TPU v6e": 256, "TPU7x": 256}
+_UNIT_WIDTH = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The time of one step, predicted: nothing of it was measured."""
+
+    step_s: float
+    mfu: float
+    """Model FLOPs (model/flops.py) over what all devices could do at their peak, 0 to 1."""
+    tokens_per_s: float
+    """Of all devices."""
+    peak_flops_per_s: float
+    """Of one device, by its data sheet: what `mfu` relates to."""
+    model_flops: float
+    """Of one device's share of the step: without recomputation."""
+    compute_s: float
+    """Products."""
+    hbm_s: float
+    """Memory traffic outside of the products."""
+    interconnect_s: dict[str, float]
+    """By mesh axes, as data or replica+data: all exchanges, hidden ones included."""
+    exposed_s: float
+    """The part of the exchanges that adds to the step."""
+    assumptions: tuple[str, ...]
+
+
+def predict(setup: Setup, topology: Topology, compiled: Compiled | None = None) -> Prediction:
+    """Returns how long a step will take, with exchanges from the compiled step where there is one.
+
+    Raises:
+        UsageError: the device's peak or bandwidth is not known.
+    """
+    squares = squares_of(setup)
+    work = count_work(setup, squares)
+    if compiled is not None and compiled.fits:
+        work = dataclasses.replace(work, **_from_compiled(setup, work, squares, compiled))
+    return predict_work(setup, topology, work, from_compiler=compiled is not None)
+
+
+def squares_of(setup: Setup) -> Squares:
+    """Returns whether attention keeps its squares in memory or is a kernel that has none."""
+    return "stored"
+
+
+def _from_compiled(
+    setup: Setup, work: Work, squares: Squares, compiled: Compiled
+) -> dict[str, object]:
+    """Returns what the compiled step says better than the formula does: FLOPs and exchanges."""
+    inside = work.attention_flops if squares == "stored" else 0.0
+    waited = {*setup.rules.heads, *setup.rules.vocab}
+    transfers = tuple(
+        Transfer(
+            op=found.op,
+            axes=found.axes,
+            bytes=found.bytes,
+            count=found.count,
+            hidden=not set(found.axes) <= waited,
+        )
+        for found in compiled.collectives
+        if found.axes
+    )
+    return {"product_flops": compiled.flops - inside, "transfers": transfers}
+
+
+def predict_work(
+    setup: Setup, topology: Topology, work: Work, *, from_compiler: bool = False
+) -> Prediction:
+    """Returns how long a step with this work will take.
+
+    Raises:
+        UsageError: the device's peak or bandwidth is not known.
+    """
+    facts = topology.facts
+    peak, bandwidth = _known(facts)
+    compute = work.product_flops + work.attention_flops * _padding(work.head_dim, facts.kind)
+    compute_s = compute / (PRODUCT_EFFICIENCY * peak)
+    hbm_s = work.traffic_bytes / bandwidth
+    by_axes, hidden_s, waited_s = _exchanges(setup, topology, work)
+    exposed_s = waited_s + max(0.0, hidden_s - compute_s - hbm_s)
+    step_s = compute_s + hbm_s + exposed_s
+    model = flops_per_token(setup.step.model, setup.seq_len) * setup.tokens
+    devices = setup.mesh.num_devices
+    return Prediction(
+        step_s=step_s,
+        mfu=model / (step_s * peak * devices),
+        tokens_per_s=setup.tokens / step_s,
+        peak_flops_per_s=peak,
+        model_flops=model / devices,
+        compute_s=compute_s,
+        hbm_s=hbm_s,
+        interconnect_s=by_axes,
+        exposed_s=exposed_s,
+        assumptions=_assumptions(topology, from_compiler),
+    )
+
+
+def _known(facts: DeviceFacts) -> tuple[float, float]:
+    if facts.peak_flops is None or facts.bandwidth_bytes_per_s is None:
+        raise UsageError(
+            f"no data sheet is known for {facts.kind}: its steps cannot be predicted; "
+            "name a --topology such as v5e:16x16 or H100:8"
+        )
+    return facts.peak_flops, facts.bandwidth_bytes_per_s
+
+
+def _padding(head_dim: int, kind: str) -> float:
+    """Returns the factor by which a matrix unit wider than a head works in vain."""
+    width = _UNIT_WIDTHS.get(kind, _UNIT_WIDTH)
+    return math.ceil(head_dim / width) * width / head_dim
+
+
+def _exchanges(
+    setup: Setup, topology: Topology, work: Work
+) -> tuple[dict[str, float], float, float]:
+    """Returns (seconds by axes, of those that can hide, of those that are waited for)."""
+    by_axes: dict[str, float] = {}
+    hidden_s = waited_s = 0.0
+    for transfer in work.transfers:
+        one = transfer_s(transfer.op, transfer.bytes, transfer.axes, setup.mesh, topology)
+        seconds = transfer.count * (one or 0.0)
+        name = _axes_name(transfer.axes)
+        by_axes[name] = by_axes.get(name, 0.0) + seconds
+        hidden_s += seconds if transfer.hidden else 0.0
+        waited_s += 0.0 if transfer.hidden else seconds
+    return by_axes, hidden_s, waited_s
+
+
+def _axes_name(axes: Axes) -> str:
+    return "+".join(axes)
+
+
+def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
+    facts = topology.facts
+    peak, bandwidth = _known(facts)
+    source = "the compiled step" if from_compiler else "formulas, nothing was compiled"
+    lines = [
+        f"FLOPs and exchanges from {source}",
+        f"products at {PRODUCT_EFFICIENCY:.0%} of {peak / 1e12:,.1f} TFLOP/s a device",
+        f"memory at {bandwidth / 1e9:,.0f} GB/s",
+        "exchanges of weights and gradients hide behind products, those of activations do not",
+    ]
+    link = topology.interconnect.link_bytes_per_s
+    if link is None and topology.num_devices > 1:
+        lines.append("exchanges cost nothing here: no speed of the links is known")
+    elif link is not None:
+        lines.append(f"links of {link / 1e9:,.0f} GB/s each way")
+    if facts.platform != "tpu":
+        lines.append("the efficiency was fitted to TPUs alone")
+    return tuple(lines)

@@ -1,0 +1,168 @@
+"""Which mesh, recomputation, parts and batch are best: ranked by formula, the best few compiled."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from meshlm.core.errors import UsageError
+from meshlm.core.sharding import RULES, MeshConfig
+from meshlm.model.compute import Remat
+from meshlm.planning.plan import Plan, make_plan
+from meshlm.planning.setup import Setup, check_setup
+from meshlm.planning.topology import Topology
+
+_REMATS: tuple[Remat, ...] = ("none", "minimal", "full")
+_MOST_PARTS = 64
+# Rows a device has in a step, where the batch is searched for too.
+_ROWS = (1, 2, 4, 8, 16)
+# Compiles that the search for a setup that fits may take: each is a minute or more.
+_MOST_TRIES = 2
+
+
+def search(
+    setup: Setup,
+    topology: Topology,
+    *,
+    batch_is_open: bool = False,
+    compile_best: int = 0,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Plan]:
+    """Returns plans that fit, the fastest a token first.
+
+    Args:
+        setup: where mesh, rules, remat, parts are to be replaced; the batch stays.
+        topology: the devices, all of which are used.
+        batch_is_open: try batch sizes too.
+        compile_best: how many of the best by formula to compile; they come first, by what the
+            compiler says, without those that do not fit.
+        tell: takes a line on what goes on.
+
+    Raises:
+        UsageError: nothing fits.
+    """
+    sizes = (setup.batch_size,)
+    if batch_is_open:
+        sizes = tuple(rows * topology.num_devices for rows in _ROWS)
+    plans = _distinct(_formula_plans(_variants(setup, topology, sizes), topology))
+    ranked = sorted((plan for plan in plans if plan.fits is not False), key=_seconds_a_token)
+    if not ranked:
+        raise UsageError(
+            f"nothing fits on {topology.name}, whatever the mesh: choose a smaller --preset or "
+            "--batch-size, or a larger --topology"
+        )
+    if not (compile_best and topology.compiles):
+        return ranked
+    compiled = []
+    for rank, plan in enumerate(ranked[:compile_best], 1):
+        tell(f"compiling {rank} of {min(compile_best, len(ranked))}: {describe_setup(plan.setup)}")
+        compiled.append(make_plan(plan.setup, topology))
+    good = sorted((plan for plan in compiled if plan.fits), key=_seconds_a_token)
+    return good + ranked[compile_best:]
+
+
+def nearest_that_fits(plan: Plan, *, compile: bool = True) -> Plan | None:
+    """Returns the plan with the fewest changes that fits on the same devices; None where none does.
+
+    More parts first, then more recomputation, then another mesh or other rules; among equals the
+    fastest by formula. The compiler has the last word where it was asked before.
+    """
+    setup, topology = plan.setup, plan.topology
+    variants = _variants(setup, topology, (setup.batch_size,))
+    fitting = [p for p in _formula_plans(variants, topology) if p.fits]
+    ranked = sorted(fitting, key=lambda p: (_changes(setup, p.setup), _seconds_a_token(p)))
+    if plan.compiled is None or not compile:
+        return ranked[0] if ranked else None
+    # What the formula took for fitting has been refused, so look for clearly less.
+    limit = min(plan.memory.total_bytes, plan.available_bytes or 0)
+    less = [p for p in ranked if p.memory.total_bytes < 0.9 * limit]
+    for candidate in less[:_MOST_TRIES]:
+        found = make_plan(candidate.setup, topology)
+        if found.fits:
+            return found
+    return None
+
+
+def describe_setup(setup: Setup) -> str:
+    """Returns what a search varies, as options of the command line."""
+    mesh = " ".join(
+        f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(setup.mesh).items() if size > 1
+    )
+    return (
+        f"--sharding {setup.sharding} {mesh} --remat {setup.step.compute.remat} "
+        f"--accumulate {setup.step.accumulate} --batch-size {setup.batch_size}"
+    )
+
+
+def _variants(setup: Setup, topology: Topology, sizes: Sequence[int]) -> Iterator[Setup]:
+    ways = itertools.product(RULES, _meshes(topology.num_devices), _REMATS, _parts(), sizes)
+    for sharding, mesh, remat, accumulate, batch_size in ways:
+        if not _makes_sense(sharding, mesh):
+            continue
+        compute = dataclasses.replace(setup.step.compute, remat=remat)
+        step = dataclasses.replace(setup.step, compute=compute, accumulate=accumulate)
+        variant = dataclasses.replace(
+            setup, step=step, mesh=mesh, sharding=sharding, batch_size=batch_size
+        )
+        try:
+            check_setup(variant)
+        except UsageError:
+            continue
+        yield variant
+
+
+def _meshes(devices: int) -> Iterator[MeshConfig]:
+    """Every data x model, and replica x data, of so many devices."""
+    for size in range(1, devices + 1):
+        if devices % size == 0:
+            yield MeshConfig(data=devices // size, model=size)
+            if size > 1:
+                yield MeshConfig(replica=size, data=devices // size)
+
+
+def _parts() -> Iterable[int]:
+    return (2**power for power in range(_MOST_PARTS.bit_length()))
+
+
+def _makes_sense(sharding: str, mesh: MeshConfig) -> bool:
+    """False where other rules with the same mesh, or the same rules with another, are the same."""
+    if sharding in ("data", "fsdp"):
+        return mesh.model == mesh.replica == 1
+    if sharding == "replica-fsdp":
+        return mesh.model == 1 and mesh.replica > 1 and mesh.data > 1
+    if sharding == "tensor":
+        return mesh.replica == 1 and mesh.model > 1
+    return mesh.replica == 1 and mesh.model > 1 and mesh.data > 1
+
+
+def _formula_plans(variants: Iterable[Setup], topology: Topology) -> Iterator[Plan]:
+    for variant in variants:
+        yield make_plan(variant, topology, compile=False)
+
+
+def _distinct(plans: Iterable[Plan]) -> list[Plan]:
+    """Returns of each mesh, rules, remat and batch the fastest that fits: fewest parts."""
+    best: dict[tuple, Plan] = {}
+    for plan in plans:
+        setup = plan.setup
+        key = (setup.sharding, setup.mesh, setup.step.compute.remat, setup.batch_size)
+        if plan.fits is False:
+            continue
+        if key not in best or _seconds_a_token(plan) < _seconds_a_token(best[key]):
+            best[key] = plan
+    return list(best.values())
+
+
+def _seconds_a_token(plan: Plan) -> float:
+    if plan.prediction is None:
+        return float(plan.peak_bytes)
+    return plan.prediction.step_s / plan.setup.tokens
+
+
+def _changes(old: Setup, new: Setup) -> tuple[int, int, int, int]:
+    """Returns how far a setup is from another, the dearest change first."""
+    return (
+        int(old.mesh != new.mesh),
+        int(old.sharding != new.sharding),
+        int(old.step.compute.remat != new.step.compute.remat),
+        int(old.step.accumulate != new.step.accumulate),
+    )
