@@ -111,25 +111,99 @@ class DeviceFacts:
     memory_bytes: int | None
 
 
-# Dense bf16 peak, memory bandwidth and memory of one JAX device, from the makers' data sheets.
-# Before v4 a JAX device is one core, half a chip.
-_DATA_SHEET: dict[str, tuple[float, float, int]] = {
-    "TPU v2": (22.5e12, 350e9, 8 << 30),
-    "TPU v3": (61.5e12, 450e9, 16 << 30),
-    "TPU v4": (275e12, 1228e9, 32 << 30),
-    "TPU v5 lite": (197e12, 819e9, 16 << 30),
-    "TPU v5e": (197e12, 819e9, 16 << 30),
-    "TPU v5": (459e12, 2765e9, 95 << 30),
-    "TPU v5p": (459e12, 2765e9, 95 << 30),
-    "TPU v6 lite": (918e12, 1640e9, 32 << 30),
-    "TPU v6e": (918e12, 1640e9, 32 << 30),
-    "NVIDIA A100-SXM4-40GB": (312e12, 1555e9, 40 << 30),
-    "NVIDIA A100-SXM4-80GB": (312e12, 2039e9, 80 << 30),
-    "NVIDIA H100 80GB HBM3": (989e12, 3350e9, 80 << 30),
-    "NVIDIA H100 PCIe": (756e12, 2000e9, 80 << 30),
-    "NVIDIA H200": (989e12, 4800e9, 141 << 30),
-    "NVIDIA B200": (2250e12, 8000e9, 180 << 30),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interconnect:
+    """What joins devices of one kind. None means not known."""
+
+    link_bytes_per_s: float | None
+    """One link of a chip, in one direction."""
+    links: int
+    """Links of a chip: two for each dim of a torus; 1 to a switch."""
+    network_bytes_per_s: float | None
+    """A device's share of its host's network, in one direction: between slices of TPUs, and between
+    hosts of GPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sheet:
+    """One chip, by its maker's figures."""
+
+    teraflops: float
+    """Dense bf16."""
+    gigabytes_per_s: float
+    """To and from its memory."""
+    gibibytes: int
+    devices: int = 1
+    """JAX devices in a chip."""
+    link: float | None = None
+    """GB/s of one link in one direction."""
+    links: int = 1
+    network: float | None = None
+    """GB/s of a chip's share of the host's network in one direction."""
+
+
+# Sources. TPU v2, v3: Jouppi et al., "A domain-specific supercomputer for training deep neural
+# networks" (2020): links of 496 and 656 Gbit/s each way. v4: Jouppi et al., "TPU v4" (2023): six
+# links of 50 GB/s. v5e, v5p, v6e, v7x: the system architecture pages of Google Cloud's TPU
+# documentation; what they give for a chip is divided by its links (v5e 1,600 Gbit/s and v6e 3,200
+# over 4, v5p and v7x 1,200 GB/s both ways over 6), the network by the chips of a host (v5e 2 x 100
+# Gbit/s and v6e 4 x 200 for 8 chips). GPUs: NVIDIA's data sheets, dense; NVLink in one direction;
+# the network is that of the DGX of each kind, one port a GPU (200 Gbit/s for A100, 400 since).
+_TPU_SHEETS = {
+    "TPU v2": _Sheet(45, 700, 16, devices=2, link=62, links=4),
+    "TPU v3": _Sheet(123, 900, 32, devices=2, link=82, links=4),
+    "TPU v4": _Sheet(275, 1228, 32, link=50, links=6),
+    "TPU v5 lite": _Sheet(197, 819, 16, link=50, links=4, network=3.125),
+    "TPU v5": _Sheet(459, 2765, 95, link=100, links=6, network=6.25),
+    "TPU v6 lite": _Sheet(918, 1640, 32, link=100, links=4, network=12.5),
+    "TPU7x": _Sheet(2307, 7380, 192, devices=2, link=100, links=6, network=12.5),
 }
+_SHEETS = {
+    **_TPU_SHEETS,
+    "TPU v5e": _TPU_SHEETS["TPU v5 lite"],
+    "TPU v5p": _TPU_SHEETS["TPU v5"],
+    "TPU v6e": _TPU_SHEETS["TPU v6 lite"],
+    "NVIDIA A100-SXM4-40GB": _Sheet(312, 1555, 40, link=300, network=25),
+    "NVIDIA A100-SXM4-80GB": _Sheet(312, 2039, 80, link=300, network=25),
+    "NVIDIA H100 80GB HBM3": _Sheet(989, 3350, 80, link=450, network=50),
+    "NVIDIA H100 PCIe": _Sheet(756, 2000, 80),
+    "NVIDIA H200": _Sheet(989, 4800, 141, link=450, network=50),
+    "NVIDIA B200": _Sheet(2250, 8000, 180, link=900, network=50),
+}
+
+
+def facts_of(kind: str, platform: str, count: int) -> DeviceFacts:
+    """Returns what the data sheet says of devices of a kind, JAX's name for it."""
+    sheet = _SHEETS.get(kind)
+    if sheet is None:
+        unknown = {"peak_flops": None, "bandwidth_bytes_per_s": None, "memory_bytes": None}
+        return DeviceFacts(kind=kind, platform=platform, count=count, **unknown)
+    return DeviceFacts(
+        kind=kind,
+        platform=platform,
+        count=count,
+        peak_flops=sheet.teraflops * 1e12 / sheet.devices,
+        bandwidth_bytes_per_s=sheet.gigabytes_per_s * 1e9 / sheet.devices,
+        memory_bytes=(sheet.gibibytes << 30) // sheet.devices,
+    )
+
+
+def interconnect_of(kind: str) -> Interconnect:
+    """Returns what the data sheet says of the links of devices of a kind."""
+    sheet = _SHEETS.get(kind)
+    if sheet is None or sheet.link is None:
+        return Interconnect(link_bytes_per_s=None, links=0, network_bytes_per_s=None)
+    return Interconnect(
+        link_bytes_per_s=sheet.link * 1e9,
+        links=sheet.links,
+        network_bytes_per_s=None if sheet.network is None else sheet.network * 1e9 / sheet.devices,
+    )
+
+
+def devices_per_chip(kind: str) -> int:
+    """Returns the JAX devices that share one chip's links and memory."""
+    sheet = _SHEETS.get(kind)
+    return 1 if sheet is None else sheet.devices
 
 
 def device_facts() -> DeviceFacts:
@@ -137,13 +211,4 @@ def device_facts() -> DeviceFacts:
     import jax
 
     devices = jax.devices()
-    kind = devices[0].device_kind
-    peak, bandwidth, memory = _DATA_SHEET.get(kind, (None, None, None))
-    return DeviceFacts(
-        kind=kind,
-        platform=devices[0].platform,
-        count=len(devices),
-        peak_flops=peak,
-        bandwidth_bytes_per_s=bandwidth,
-        memory_bytes=memory,
-    )
+    return facts_of(devices[0].device_kind, devices[0].platform, len(devices))

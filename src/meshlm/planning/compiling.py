@@ -1,51 +1,43 @@
-"""What the compiler says of a training step: its memory, FLOPs, traffic and collectives."""
+"""What the compiler says of a training step: its memory, FLOPs, traffic and collectives.
+
+The step is compiled in a process of its own, `worker.py`: the compiler for TPUs takes variables
+that must stand before JAX starts, prints what it likes, and may be killed when it takes too long.
+"""
 
 import dataclasses
-from typing import Literal
+import json
+import os
+import subprocess
+import sys
 
-from meshlm.planning.setup import Setup
+from meshlm.core.config import from_dict, to_dict
+from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.planning.hlo import Collective, Where
+from meshlm.planning.setup import Setup, check_setup
 from meshlm.planning.topology import Topology
 
-Where = Literal["forward", "backward", "update", "other"]
+__all__ = ["Collective", "Compiled", "Where", "compile_setup"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """One exchange between devices in the compiled step."""
-
-    op: str
-    """all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute."""
-    axes: tuple[str, ...]
-    """The mesh axes it runs over, from its groups of devices; empty where they are no axes."""
-    dtype: str
-    """As XLA writes it: f32, bf16, s32. Of the largest array, where several travel together."""
-    bytes: int
-    """The whole array on one device in one execution: what an all-gather gives, what an all-reduce
-    gives and what a reduce-scatter takes."""
-    count: int
-    """Executions in a step, loops multiplied by their trips."""
-    group_size: int
-    """Devices that take part together."""
-    where: Where
-    """The part of the step, where the compiler's metadata tells."""
+HOW_TO_COMPILE = "install the compiler: pip install 'meshlm[plan]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The compiled step on one device. Bytes and FLOPs are of one device and one step."""
+    """The compiled step. Bytes and FLOPs are of one device and one step; 0 where it was refused."""
 
     fits: bool
+    """The compiler has found room for it. On a CPU it does not look."""
     message: str = ""
     """The compiler's own words where it refused."""
     argument_bytes: int = 0
-    """State and batch. All figures are 0 where the compiler refused."""
+    """State and batch."""
     output_bytes: int = 0
     alias_bytes: int = 0
     """Outputs that take the memory of arguments: the new state that of the old."""
     temp_bytes: int = 0
     """The rest: gradients, activations, gathered weights."""
     peak_bytes: int = 0
-    """The most that is there at once: arguments, outputs that are not arguments, temporaries."""
+    """Arguments, outputs with memory of their own, and temporaries."""
     available_bytes: int | None = None
     """What the compiler lets a program use of a device's memory, where it says so."""
     flops: float = 0.0
@@ -53,10 +45,25 @@ class Compiled:
     bytes_accessed: float = 0.0
     """Read from and written to the device's memory, loops multiplied by their trips."""
     collectives: tuple[Collective, ...] = ()
+    """Largest first."""
     lower_s: float = 0.0
     compile_s: float = 0.0
     jax_version: str = ""
     libtpu_version: str = ""
+    """Empty where it was not compiled for TPUs."""
+
+
+# What the compiler asks of the machine that it runs on. Where there are no TPUs it would try to
+# find them, and their neighbours by the network.
+_WITHOUT_TPUS = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+_VIRTUAL_DEVICES = "--xla_force_host_platform_device_count"
 
 
 def compile_setup(setup: Setup, topology: Topology, *, timeout_s: float = 900) -> Compiled:
@@ -66,4 +73,56 @@ def compile_setup(setup: Setup, topology: Topology, *, timeout_s: float = 900) -
         UsageError: setup and topology do not fit, or nothing here compiles for the topology.
         MeshLMError: the compiler failed, or took longer than `timeout_s`.
     """
-    raise NotImplementedError(setup, topology, timeout_s)
+    check_setup(setup)
+    if setup.mesh.num_devices > topology.num_devices:
+        raise UsageError(
+            f"--topology {topology.name} has {topology.num_devices} devices and the mesh wants "
+            f"{setup.mesh.num_devices}: lower --mesh.*, or choose a larger one"
+        )
+    if not topology.compiles:
+        missing = topology.facts.platform == "tpu"
+        reason = f"libtpu is missing: {HOW_TO_COMPILE}" if missing else "only a machine with it can"
+        raise UsageError(f"--topology {topology.name} cannot be compiled for here: {reason}")
+    request = {"setup": to_dict(setup), "topology": topology.name}
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-m", "meshlm.planning.worker"],
+            input=json.dumps(request),
+            env=_environment(topology),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        raise MeshLMError(
+            f"the compiler took more than {timeout_s:g} s for --topology {topology.name}: leave it "
+            "at the formula (--no-compile), or give the machine more cores"
+        ) from None
+    if finished.returncode != 0:
+        raise MeshLMError(
+            f"the compiler failed for --topology {topology.name} "
+            f"(exit {finished.returncode}): {_last_words(finished.stderr)}"
+        )
+    return from_dict(Compiled, json.loads(finished.stdout), "the compiler's answer")
+
+
+def _environment(topology: Topology) -> dict[str, str]:
+    """Returns the environment of the compiling process."""
+    # A program out of the cache would be no measurement of the compiler.
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if topology.name != "here":
+        return environment | _WITHOUT_TPUS
+    if topology.facts.platform == "cpu":
+        words = os.environ.get("XLA_FLAGS", "").split()
+        kept = [word for word in words if not word.startswith(_VIRTUAL_DEVICES)]
+        flags = [*kept, f"{_VIRTUAL_DEVICES}={topology.num_devices}"]
+        return environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    # This process may hold the most of the memory of the devices.
+    return environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def _last_words(stderr: str) -> str:
+    """Returns the line that tells why, of all that was printed."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line or "error: " in line]
+    return (errors or lines or ["it said nothing"])[-1][:500]

@@ -1,21 +1,22 @@
 """Devices that a step is planned for: their data sheet, their number and how they are joined."""
 
 import dataclasses
+import importlib.util
+import itertools
+import math
+import re
 
-from meshlm.core.platform import DeviceFacts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Interconnect:
-    """What joins the devices. None means not known."""
-
-    link_bytes_per_s: float | None
-    """One link of a chip, in one direction."""
-    links: int
-    """Links of a chip: two for each dim of a torus; 1 to a switch."""
-    network_bytes_per_s: float | None
-    """A device's share of its host's network, in one direction: between slices and between hosts of
-    GPUs."""
+from meshlm.core.errors import UsageError
+from meshlm.core.placement import Place, extents, place_devices
+from meshlm.core.platform import (
+    DeviceFacts,
+    Interconnect,
+    device_facts,
+    devices_per_chip,
+    facts_of,
+    interconnect_of,
+)
+from meshlm.core.sharding import AXES, MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,44 @@ class Topology:
     facts: DeviceFacts
     interconnect: Interconnect
     compiles: bool
-    """Can a step be compiled for it here, given the compiler?"""
+    """A step can be compiled for it by what is installed here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Torus:
+    """How slices of one generation of TPUs are built."""
+
+    kind: str
+    dims: int
+    joined: tuple[int, ...] | None
+    """Sizes at which a dim's ends are joined; None: slices of whole cubes of 4 x 4 x 4."""
+    most_chips: int
+    compiler: str
+    """What the compiler calls the generation."""
+
+
+# Source: the system architecture pages of Google Cloud's TPU documentation. A slice of v2, v3, v5e
+# or v6e is cut out of the pod's torus, so only a dim as long as the pod's is a ring; in v4, v5p and
+# v7x optical switches join whole cubes into rings.
+_TORI = {
+    "v2": _Torus("TPU v2", 2, (16,), 256, "v2"),
+    "v3": _Torus("TPU v3", 2, (32,), 1024, "v3"),
+    "v4": _Torus("TPU v4", 3, None, 4096, "v4"),
+    "v5e": _Torus("TPU v5 lite", 2, (16,), 256, "v5e"),
+    "v5p": _Torus("TPU v5", 3, None, 8960, "v5p"),
+    "v6e": _Torus("TPU v6 lite", 2, (16,), 256, "v6e"),
+    "v7x": _Torus("TPU7x", 3, None, 9216, "tpu7x"),
+}
+_GPUS = {
+    "A100": "NVIDIA A100-SXM4-80GB",
+    "H100": "NVIDIA H100 80GB HBM3",
+    "H200": "NVIDIA H200",
+    "B200": "NVIDIA B200",
+}
+_CHIPS_OF_A_HOST = 4
+_GPUS_OF_A_HOST = 8
+_CUBE = 4
+_MOST_GPUS = 100_000
 
 
 def find_topology(name: str) -> Topology:
@@ -46,4 +84,114 @@ def find_topology(name: str) -> Topology:
     Raises:
         UsageError: there is none.
     """
-    raise NotImplementedError(name)
+    generation, _, shape = name.partition(":")
+    if name == "here":
+        return _here()
+    if generation in _TORI:
+        return _torus(name, _TORI[generation], shape)
+    if generation in _GPUS:
+        return _gpus(name, _GPUS[generation], shape)
+    raise UsageError(
+        f"--topology {name}: give chips as {', '.join(_TORI)} have them (v3:16x8, v5p:4x8x8), GPUs "
+        f"as {', '.join(_GPUS)} (H100:64), or here"
+    )
+
+
+def compiler_name(name: str) -> str:
+    """Returns what the compiler calls a topology of TPUs."""
+    generation, _, shape = name.partition(":")
+    return f"{_TORI[generation].compiler}:{shape}"
+
+
+def _torus(name: str, torus: _Torus, shape: str) -> Topology:
+    example = "x".join(["4"] * torus.dims)
+    if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (torus.dims - 1), shape):
+        raise UsageError(
+            f"--topology {name}: give the chips of each of its {torus.dims} dims, as "
+            f"{name.partition(':')[0]}:{example}"
+        )
+    chips = tuple(int(size) for size in shape.split("x"))
+    if math.prod(chips) > torus.most_chips:
+        raise UsageError(
+            f"--topology {name} is {math.prod(chips):,} chips and a pod has "
+            f"{torus.most_chips:,}: give fewer"
+        )
+    per_chip = devices_per_chip(torus.kind)
+    devices = math.prod(chips) * per_chip
+    whole_cubes = all(size % _CUBE == 0 for size in chips)
+    wraps = tuple(whole_cubes if torus.joined is None else size in torus.joined for size in chips)
+    return Topology(
+        name=name,
+        device_kind=torus.kind,
+        num_devices=devices,
+        chips=chips,
+        wraps=wraps,
+        devices_per_chip=per_chip,
+        devices_per_host=min(devices, _CHIPS_OF_A_HOST * per_chip),
+        facts=facts_of(torus.kind, "tpu", devices),
+        interconnect=interconnect_of(torus.kind),
+        compiles=importlib.util.find_spec("libtpu") is not None,
+    )
+
+
+def _gpus(name: str, kind: str, count: str) -> Topology:
+    if not re.fullmatch(r"[1-9]\d{0,5}", count) or int(count) > _MOST_GPUS:
+        raise UsageError(f"--topology {name}: give the number of GPUs, as {name.split(':')[0]}:8")
+    return Topology(
+        name=name,
+        device_kind=kind,
+        num_devices=int(count),
+        chips=(),
+        wraps=(),
+        devices_per_chip=1,
+        devices_per_host=min(int(count), _GPUS_OF_A_HOST),
+        facts=facts_of(kind, "gpu", int(count)),
+        interconnect=interconnect_of(kind),
+        compiles=False,
+    )
+
+
+def _here() -> Topology:
+    """Returns this machine's devices (starts JAX). Of TPUs here the torus is not looked at."""
+    facts = device_facts()
+    return Topology(
+        name="here",
+        device_kind=facts.kind,
+        num_devices=facts.count,
+        chips=(),
+        wraps=(),
+        devices_per_chip=devices_per_chip(facts.kind),
+        devices_per_host=facts.count,
+        facts=facts,
+        interconnect=interconnect_of(facts.kind),
+        compiles=True,
+    )
+
+
+def axes_on_torus(topology: Topology, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
+    """Returns how many places each mesh axis takes along each dim of the torus.
+
+    The last number is that of cores in a chip: {"data": (8, 4, 1), "model": (2, 2, 2)} on a 2-D
+    torus of v3 are 8 x 4 chips, and the 8 cores of 2 x 2 chips. It is what a run on such a slice
+    does with its devices; where fewer than all are used, the first ones are.
+    """
+    places = _places(topology)[: mesh.num_devices]
+    placed = place_devices(tuple(getattr(mesh, axis) for axis in AXES), places)
+    dims = len(topology.chips)
+    found = zip(AXES, extents(placed), strict=True)
+    return {axis: (*sizes[:dims], sizes[-1]) for axis, sizes in found}
+
+
+def _places(topology: Topology) -> list[Place]:
+    """Returns the devices in the order in which JAX has them: host by host, of 2 x 2 x 1 chips."""
+    x, y, z = (*topology.chips, 1)[:3]
+    cores = topology.devices_per_chip
+    hosts = itertools.product(range(z), range(-(-y // 2)), range(-(-x // 2)))
+    places = []
+    for host, (k, j, i) in enumerate(hosts):
+        for dy, dx, core in itertools.product(range(2), range(2), range(cores)):
+            coords = (2 * i + dx, 2 * j + dy, k)
+            if coords[0] < x and coords[1] < y:
+                number = ((coords[2] * y + coords[1]) * x + coords[0]) * cores + core
+                places.append(Place(number, topology.device_kind, coords, core, host))
+    return places
