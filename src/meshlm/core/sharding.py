@@ -22,6 +22,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from meshlm.core.errors import UsageError
+from meshlm.core.placement import place_devices
 
 AXES = ("replica", "data", "model")
 Axes = tuple[str, ...]
@@ -145,9 +146,8 @@ def make_mesh(
             f"lower --mesh.*, or on a CPU make virtual ones with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices}"
         )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[: config.num_devices]
-    )
+    placed = place_devices(shape, devices[: config.num_devices])
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:
