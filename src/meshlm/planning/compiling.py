@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from meshlm.core.config import from_dict, to_dict
 from meshlm.core.errors import MeshLMError, UsageError
@@ -84,9 +86,20 @@ def compile_setup(setup: Setup, topology: Topology, *, timeout_s: float = 900) -
         reason = f"libtpu is missing: {HOW_TO_COMPILE}" if missing else "only a machine with it can"
         raise UsageError(f"--topology {topology.name} cannot be compiled for here: {reason}")
     request = {"setup": to_dict(setup), "topology": topology.name}
+    return run_worker(("-m", "meshlm.planning.worker"), request, topology, timeout_s)
+
+
+def run_worker(
+    program: Sequence[str], request: dict[str, Any], topology: Topology, timeout_s: float
+) -> Compiled:
+    """Returns what a Python program (`worker.answer_with`) answers, where it can compile for pods.
+
+    Raises:
+        MeshLMError: it failed, or took longer than `timeout_s`.
+    """
     try:
         finished = subprocess.run(
-            [sys.executable, "-m", "meshlm.planning.worker"],
+            [sys.executable, *program],
             input=json.dumps(request),
             env=_environment(topology),
             capture_output=True,

@@ -9,13 +9,14 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 
 from meshlm.core.config import from_dict, to_dict
-from meshlm.core.sharding import AXES, make_mesh, sharding_of, use_mesh
+from meshlm.core.sharding import AXES, MeshConfig, make_mesh, sharding_of, use_mesh
 from meshlm.planning.compiling import Compiled
 from meshlm.planning.hlo import read_program
 from meshlm.planning.setup import Setup
@@ -58,14 +59,22 @@ def lower_step(setup: Setup, devices: list[Any]) -> jax.stages.Lowered:
 
 
 def compile_for(setup: Setup, devices: list[Any]) -> Compiled:
-    """Returns what the compiler says of the step; a program too large is an answer too."""
+    """Returns what the compiler says of the very training step of `setup`."""
+    platform = devices[0].platform
+    return compile_program(lambda: lower_step(setup, devices), setup.mesh, platform)
+
+
+def compile_program(
+    lower: Callable[[], jax.stages.Lowered], mesh: MeshConfig, platform: str
+) -> Compiled:
+    """Returns what the compiler says of any step; a program too large is an answer too."""
     began_s = time.monotonic()
-    lowered = lower_step(setup, devices)
+    lowered = lower()
     lowered_s = time.monotonic()
     facts: dict[str, Any] = {
         "lower_s": lowered_s - began_s,
         "jax_version": jax.__version__,
-        "libtpu_version": _version_of("libtpu") if devices[0].platform == "tpu" else "",
+        "libtpu_version": _version_of("libtpu") if platform == "tpu" else "",
     }
     try:
         program = lowered.compile()
@@ -78,7 +87,7 @@ def compile_for(setup: Setup, devices: list[Any]) -> Compiled:
     memory: Any = program.memory_analysis()
     text = program.as_text()
     assert text is not None
-    read = read_program(text, {axis: getattr(setup.mesh, axis) for axis in AXES})
+    read = read_program(text, {axis: getattr(mesh, axis) for axis in AXES})
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     alias, temp = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     return Compiled(
@@ -114,17 +123,20 @@ def _version_of(package: str) -> str:
         return "unknown"
 
 
-def main() -> None:
-    """Reads {setup, topology} from the standard input, writes a `Compiled` to the output."""
+def answer_with(compile_request: Callable[[dict[str, Any]], Compiled]) -> None:
+    """Reads a request from the standard input and writes the `Compiled` to the output."""
     # What the compiler prints goes to the other one.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    request = json.load(sys.stdin)
-    setup = from_dict(Setup, request["setup"], "setup")
-    compiled = compile_for(setup, target_devices(request["topology"]))
+    compiled = compile_request(json.load(sys.stdin))
     with answer:
         json.dump(to_dict(compiled), answer)
 
 
+def _compile_request(request: dict[str, Any]) -> Compiled:
+    setup = from_dict(Setup, request["setup"], "setup")
+    return compile_for(setup, target_devices(request["topology"]))
+
+
 if __name__ == "__main__":
-    main()
+    answer_with(_compile_request)
