@@ -3,7 +3,9 @@
 This module is the first of MeshLM's that a program runs: it sets flags before JAX starts.
 """
 
+import contextlib
 import dataclasses
+import importlib.machinery
 import importlib.metadata
 import os
 import sys
@@ -58,11 +60,17 @@ def _jax_has_started() -> bool:
 def configure() -> None:
     """Sets the flags that right numbers need; called when `meshlm` is imported.
 
-    A value that the user has set stays as it is.
+    A value that the user has set stays as it is. Where the compiler for TPUs is installed and there
+    are none, JAX is kept from starting it.
 
     Raises:
         ImportError: JAX runs already, without a flag that this version needs.
     """
+    if has_tpu_compiler() and not (_TPU_CHOICES & os.environ.keys() or _may_have_tpus()):
+        # JAX then takes it for not installed. Left to itself it starts it before it looks for other
+        # devices, which prints errors and takes time; a list in JAX_PLATFORMS instead would make it
+        # fail where one of them cannot be had.
+        sys.modules[_TPU_COMPILER] = None  # type: ignore[assignment]
     words = os.environ.get("XLA_FLAGS", "").split()
     missing = [
         flag for flag in needed_flags() if not any(w.split("=")[0] == flag.name for w in words)
@@ -76,6 +84,31 @@ def configure() -> None:
             f"({missing[0].reason}): import meshlm first, set that variable, or take JAX 0.12"
         )
     os.environ["XLA_FLAGS"] = " ".join([*words, text])
+
+
+_TPU_COMPILER = "libtpu"
+# Who sets one of these has chosen.
+_TPU_CHOICES = {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"}
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
+_DEVICE_FILES = Path("/dev")
+_GOOGLE, _NETWORK = "0x1ae0", "0x02"
+
+
+def has_tpu_compiler() -> bool:
+    """True where libtpu is installed, which compiles for TPUs and drives them."""
+    return importlib.machinery.PathFinder.find_spec(_TPU_COMPILER) is not None
+
+
+def _may_have_tpus() -> bool:
+    """True where this machine has chips of Google's, its network cards left out."""
+    if any(_DEVICE_FILES.glob("accel*")) or any(_DEVICE_FILES.glob("vfio/[0-9]*")):
+        return True
+    for vendor in _PCI_DEVICES.glob("*/vendor"):
+        with contextlib.suppress(OSError):
+            kind = (vendor.parent / "class").read_text()
+            if vendor.read_text().strip() == _GOOGLE and not kind.startswith(_NETWORK):
+                return True
+    return False
 
 
 _TUNABLES = "GLIBC_TUNABLES"

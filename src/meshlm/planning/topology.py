@@ -1,7 +1,6 @@
 """Devices that a step is planned for: their data sheet, their number and how they are joined."""
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import re
@@ -14,6 +13,7 @@ from meshlm.core.platform import (
     device_facts,
     devices_per_chip,
     facts_of,
+    has_tpu_compiler,
     interconnect_of,
 )
 from meshlm.core.sharding import AXES, MeshConfig
@@ -130,7 +130,7 @@ def _torus(name: str, torus: _Torus, shape: str) -> Topology:
         devices_per_host=min(devices, _CHIPS_OF_A_HOST * per_chip),
         facts=facts_of(torus.kind, "tpu", devices),
         interconnect=interconnect_of(torus.kind),
-        compiles=importlib.util.find_spec("libtpu") is not None,
+        compiles=has_tpu_compiler(),
     )
 
 
