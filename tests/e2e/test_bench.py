@@ -1,5 +1,6 @@
 """The benches: all sides compute a tiny shape and the line of JSON adds up."""
 
+import importlib.util
 import json
 import math
 import os
@@ -121,6 +122,125 @@ def test_everyone_decodes_the_same_model() -> None:
 )
 def test_wrong_options_of_the_serving_bench_are_refused(arguments: list[str], said: str) -> None:
     ran = bench(*arguments, script="serve")
+    assert ran.returncode == 2
+    assert said in ran.stderr
+    assert ran.stdout == ""
+
+
+def gpu_modules():
+    """bench/gpu.py and what its processes run, as modules."""
+    modules = []
+    for name in ("gpu", "gpu_jobs"):
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / f"bench/{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        modules.append(module)
+    return modules
+
+
+def check_gpu_result(result: dict, sides: list[str]) -> None:
+    assert result["small"] is True
+    assert result["device"]["platform"] == "cpu"
+    assert result["failures"] == []
+    assert result["parity"]["small"]["float32"]["gradients"] <= 1e-4
+    assert 0 < result["parity"]["small"]["bfloat16"]["logits"] <= 5e-2
+    for side in sides:
+        trained = result["train"]["small"][side]
+        assert trained["mfu"] is None  # no data sheet gives a CPU's peak
+        rows = trained["batch_size"]
+        assert trained["tokens_per_s"] == pytest.approx(rows * 32 / trained["step_s"], rel=0.01)
+        assert trained["measured_steps"] == 2
+        assert abs(trained["losses"][0] - math.log(512)) < 1
+        for rows, found in result["decode"][side].items():
+            assert found["tokens_per_s"] == pytest.approx(int(rows) / found["step_s"], rel=0.01)
+            # One layer's weights and the head; keys and values of 16 + 32 tokens a row; 2 bytes each.
+            read = 2 * (12 * 128 * 128 + 128 * 512) + int(rows) * 48 * 2 * 2 * 128
+            assert found["bytes_per_step"] == read
+
+
+def test_the_gpu_bench_runs_small_shapes_without_a_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    before = sorted((ROOT / "bench/results").iterdir())
+    ran = bench("--alone", "--rounds", "1", "--output", str(output), script="gpu")
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing here is a measurement of a GPU" in ran.stderr
+    (line,) = ran.stdout.splitlines()
+    result = json.loads(line)
+    check_gpu_result(result, ["meshlm"])
+    assert json.loads(output.read_text()) == result
+    assert sorted((ROOT / "bench/results").iterdir()) == before
+
+
+@pytest.mark.long
+def test_the_gpu_bench_beside_torch() -> None:
+    ran = bench("--torch-python", torch_python(), "--rounds", "2", script="gpu")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    result["train"]["small"] = {
+        side: {**found, "measured_steps": found["measured_steps"] / 2}
+        for side, found in result["train"]["small"].items()
+    }
+    check_gpu_result(result, ["meshlm", "torch"])
+    assert result["torch"]["platform"] == "cpu"
+
+
+def test_what_does_not_fit_a_gpu_is_passed_over() -> None:
+    gpu, jobs = gpu_modules()
+    tried = []
+
+    def run(candidate: dict) -> dict:
+        tried.append(candidate["name"])
+        if candidate["name"] == "large":
+            raise MemoryError("no room\nand a long dump")
+        return {"outcome": "measured" if candidate["name"] == "fits" else "by the formula"}
+
+    job = {"candidates": [{"name": n} for n in ("large", "formula", "fits", "never")]}
+    found = jobs.first_that_fits(job, run, lambda error: isinstance(error, MemoryError))
+    assert tried == ["large", "formula", "fits"]
+    assert (found["name"], found["outcome"]) == ("fits", "measured")
+    assert [way["outcome"] for way in found["tried"]] == ["out of memory", "by the formula"]
+    with pytest.raises(MemoryError):
+        jobs.first_that_fits(job, run, lambda error: False)
+
+    # 6.05e9 parameters: 97 GB with AdamW and 48 with adafactor, before any activation.
+    plan = gpu.plan(gpu.parser().parse_args([]), False)
+    for memory, wanted in ((80e9, {"adafactor"}), (141e9, {"adamw", "adafactor"}), (40e9, set())):
+        run_of = gpu.Bench([], {"memory_bytes": memory}, {}, None)
+        for kind in ("meshlm", "torch"):
+            side = gpu.Side(kind, sys.executable, {})
+            ways = run_of._ways(side, gpu.PRESETS["gpt-j-6b"], plan)
+            assert {way["optimizer"] for way in ways} == wanted
+            assert ("minimal" in {way["remat"] for way in ways}) == (
+                kind == "meshlm" and bool(wanted)
+            )
+
+
+def test_a_gpu_that_gives_other_numbers_fails() -> None:
+    gpu, _ = gpu_modules()
+    run = gpu.Bench([], {}, {}, None)
+    good = {"logits": 1e-6, "loss": 1e-7, "gradients": 1e-6}
+    run._check("good", good, gpu.PARITY_LIMITS)
+    assert run.failures == []
+    for bad in (1e-3, float("nan")):
+        run._check("bad", good | {"gradients": bad}, gpu.PARITY_LIMITS)
+    assert len(run.failures) == 2
+    assert "gradients differ by" in run.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--torch-python", "/nowhere/python"], "/nowhere/python is no interpreter"),
+        (["--warmup", "8"], "leaves no step"),
+        (["--presets", "7b"], "invalid choice: '7b'"),
+        (["--presets", "demo"], "longer than the context of demo"),
+    ],
+)
+def test_wrong_options_of_the_gpu_bench_are_refused(arguments: list[str], said: str) -> None:
+    ran = bench(*arguments, script="gpu")
     assert ran.returncode == 2
     assert said in ran.stderr
     assert ran.stdout == ""

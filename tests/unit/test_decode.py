@@ -237,6 +237,22 @@ def test_rows_beyond_one_group_are_generated_too(
     assert tokens_of(generator.generate(prompts, config)) == whole
 
 
+def test_a_generator_may_decode_more_or_fewer_rows_together(
+    model: DecodeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    run_group = Generator._run_group
+
+    def count(self, rows, *rest):
+        groups.append(len(rows))
+        run_group(self, rows, *rest)
+
+    monkeypatch.setattr(Generator, "_run_group", count)
+    few = Generator(model, end_of_text_id=None, token_bytes=token_bytes, max_rows=2)
+    few.generate([SHORT, [4], [5]], SamplingConfig(max_tokens=2))
+    assert groups == [2, 1]
+
+
 # Stopping.
 
 

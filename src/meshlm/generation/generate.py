@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from meshlm.core.errors import UsageError
+from meshlm.core.processes import on_host
 from meshlm.generation import decode
 from meshlm.generation.buckets import (
     MAX_ROWS,
@@ -35,6 +36,7 @@ class Generator:
         *,
         end_of_text_id: int | None,
         token_bytes: Callable[[int], bytes],
+        max_rows: int | None = None,
     ) -> None:
         """Makes a generator; computes nothing.
 
@@ -42,10 +44,12 @@ class Generator:
             end_of_text_id: None where there is no such token: nothing but a stop text or the length
                 ends a sample.
             token_bytes: gives the bytes of a token's text.
+            max_rows: that are decoded together; None for as many as suit any device.
         """
         self._model = model
         self._end_of_text_id = end_of_text_id
         self._token_bytes = token_bytes
+        self._max_rows = max_rows
 
     def generate(
         self,
@@ -75,9 +79,10 @@ class Generator:
             for index, start in enumerate(starts)
             for sample in range(sampling.n)
         ]
+        most = self._max_rows or MAX_ROWS
         with self._model.entered():
-            for first in range(0, len(rows), MAX_ROWS):
-                self._run_group(rows[first : first + MAX_ROWS], sampling, on_text)
+            for first in range(0, len(rows), most):
+                self._run_group(rows[first : first + most], sampling, on_text)
         done = iter(rows)
         return [[row.result() for row in itertools.islice(done, sampling.n)] for _ in starts]
 
@@ -225,11 +230,11 @@ class _Chosen:
     @classmethod
     def fetch(cls, steps: decode.Steps) -> "_Chosen":
         top = (steps.top_ids, steps.top_log_probs)
-        ids, log_probs = (None if x is None else np.asarray(x) for x in top)
+        ids, log_probs = (None if x is None else on_host(x) for x in top)
         return cls(
             count=int(steps.count),
-            tokens=np.asarray(steps.tokens),
-            log_probs=np.asarray(steps.log_probs),
+            tokens=on_host(steps.tokens),
+            log_probs=on_host(steps.log_probs),
             top_ids=ids,
             top_log_probs=log_probs,
         )
