@@ -14,11 +14,11 @@ from typing import Any
 
 from meshlm.core.config import from_dict, to_dict
 from meshlm.core.errors import MeshLMError, UsageError
-from meshlm.planning.hlo import Collective, Where
+from meshlm.planning.hlo import Collective, Traffic, Where
 from meshlm.planning.setup import Setup, check_setup
 from meshlm.planning.topology import Topology
 
-__all__ = ["Collective", "Compiled", "Where", "compile_setup"]
+__all__ = ["Collective", "Compiled", "Traffic", "Where", "compile_setup"]
 
 HOW_TO_COMPILE = "install the compiler: pip install 'meshlm[plan]'"
 
@@ -46,6 +46,8 @@ class Compiled:
     """Of the matrix products, loops multiplied by their trips."""
     bytes_accessed: float = 0.0
     """Read from and written to the device's memory, loops multiplied by their trips."""
+    traffic: tuple[Traffic, ...] = ()
+    """Both, by their relation: FLOPs a byte."""
     collectives: tuple[Collective, ...] = ()
     """Largest first."""
     lower_s: float = 0.0

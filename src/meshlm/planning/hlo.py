@@ -5,6 +5,7 @@ This module knows no JAX: it can read the text of any program that was compiled 
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
@@ -53,6 +54,14 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Instructions that are alike in FLOPs a byte, within a factor of two; 0 for those without."""
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """What one execution of a program costs one device."""
 
@@ -60,6 +69,8 @@ class Program:
     """Of the products."""
     bytes_accessed: float
     """Read from and written to the device's main memory."""
+    traffic: tuple[Traffic, ...]
+    """Both, by their relation: it tells which products wait for memory on a device."""
     collectives: tuple[Collective, ...]
 
 
@@ -90,6 +101,7 @@ def read_program(text: str, sizes: Mapping[str, int]) -> Program:
     return Program(
         flops=totals.flops,
         bytes_accessed=totals.bytes_accessed,
+        traffic=tuple(Traffic(flops=f, bytes=b) for f, b in totals.traffic.values()),
         collectives=tuple(dataclasses.replace(c, count=n) for c, n in collectives),
     )
 
@@ -99,12 +111,23 @@ class _Totals:
     flops: float = 0.0
     bytes_accessed: float = 0.0
     exchanges: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    traffic: dict[int | None, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """FLOPs and bytes by the binary logarithm of their relation."""
 
     def add(self, other: "_Totals", times: int = 1) -> None:
         self.flops += times * other.flops
         self.bytes_accessed += times * other.bytes_accessed
+        for flops, size in other.traffic.values():
+            self.add_traffic(times * flops, times * size)
         for exchange, count in other.exchanges.items():
             self.exchanges[exchange] += times * count
+
+    def add_traffic(self, flops: float, size: float) -> None:
+        """Adds an instruction to those that are like it."""
+        if size:
+            like = math.floor(math.log2(flops / size)) if flops else None
+            before = self.traffic.get(like, (0.0, 0.0))
+            self.traffic[like] = before[0] + flops, before[1] + size
 
 
 class _Reader:
@@ -124,11 +147,16 @@ class _Reader:
         return self.known[computation.name]
 
     def _add(self, instruction: Instruction, computation: Computation, found: _Totals) -> None:
-        found.flops += product_flops(instruction, computation)
+        flops = product_flops(instruction, computation)
+        found.flops += flops
         kind = instruction.op.removesuffix("-start")
         if kind in _KINDS and not is_going_on(computation):
             found.exchanges[self._exchange(kind, instruction, computation)] += 1
-        found.bytes_accessed += memory_bytes(instruction, computation, self.text)
+        size = memory_bytes(instruction, computation, self.text)
+        found.bytes_accessed += size
+        if instruction.op == "fusion":
+            flops += self._called(instruction, "calls").flops
+        found.add_traffic(flops, size)
         if instruction.op == "while":
             body = self.text.computations[instruction.called("body") or ""]
             found.add(self.totals(body), trips_of(instruction, computation, self.text))

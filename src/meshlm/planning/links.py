@@ -1,10 +1,11 @@
 """How fast devices along a mesh axis exchange: axes laid over a torus, or over hosts of GPUs."""
 
 import dataclasses
+import functools
 import math
 
 from meshlm.core.sharding import AXES, Axes, MeshConfig
-from meshlm.planning.topology import Topology
+from meshlm.planning.topology import Topology, axes_on_torus
 from meshlm.planning.work import wire_bytes
 
 # Time of one hop between neighbours. Source: "How to Scale Your Model" (Austin et al., 2025),
@@ -20,15 +21,6 @@ class Route:
     """Into one device, over all links that they use at once."""
     hops: float
     """From the farthest of them, along the longest dim."""
-
-
-@dataclasses.dataclass
-class _Part:
-    """A stretch of a torus dim, or the cores of a chip (links 0)."""
-
-    size: int
-    links: float
-    """Into a chip: 2 where the ends are joined and the whole dim is taken, 1 on a line."""
 
 
 def transfer_s(
@@ -52,55 +44,26 @@ def find_route(axes: Axes, mesh: MeshConfig, topology: Topology) -> Route | None
 
 
 def _torus(axes: Axes, mesh: MeshConfig, topology: Topology) -> Route:
-    """`model` lies innermost, on a chip's own cores first, then `data`, then `replica`.
-
-    A dim is left whole where an axis fits it, so that its ends stay joined.
-    """
+    """A dim of the torus that a group of devices fills has two links into each chip if its ends are
+    joined; one that it shares with other groups is a line with one."""
     link = topology.interconnect.link_bytes_per_s or 0.0
-    cores = topology.devices_per_chip
-    parts = _lay(mesh, topology)
-    used = [part for axis in AXES if axis in axes for part in parts[axis]]
-    links = sum(part.links for part in used)
-    dims = [part for part in used if part.links]
-    if not dims:  # the cores of one chip, through its memory
+    laid = _laid(topology, mesh)
+    *sizes, cores = (math.prod(places) for places in zip(*(laid[a] for a in axes), strict=True))
+    links = [
+        (2 if size == whole > 2 and wraps else 1) if size > 1 else 0
+        for size, whole, wraps in zip(sizes, topology.chips, topology.wraps, strict=True)
+    ]
+    if not any(links):  # the cores of one chip, through its memory
         return Route(bytes_per_s=topology.facts.bandwidth_bytes_per_s or math.inf, hops=1)
     # Cores that are in other groups send through the chip's links at the same time.
-    sharing = 1 if any(not part.links for part in used) else cores
-    hops = max(part.size / part.links for part in dims)
-    return Route(bytes_per_s=link * links / sharing, hops=hops)
+    sharing = topology.devices_per_chip / cores
+    hops = max(size / count for size, count in zip(sizes, links, strict=True) if count)
+    return Route(bytes_per_s=link * sum(links) / sharing, hops=hops)
 
 
-def _lay(mesh: MeshConfig, topology: Topology) -> dict[str, list[_Part]]:
-    """Returns the parts of the torus that each mesh axis takes."""
-    free = list(zip(topology.chips, topology.wraps, strict=True))
-    cores = topology.devices_per_chip
-    parts: dict[str, list[_Part]] = {}
-    for axis in reversed(AXES):
-        left, taken = getattr(mesh, axis), []
-        if cores > 1 and left % cores == 0:
-            taken.append(_Part(size=cores, links=0))
-            left, cores = left // cores, 1
-        while left > 1 and free:
-            index = _next_dim(left, [size for size, _ in free])
-            size, wraps = free.pop(index)
-            share = math.gcd(left, size)
-            if share == 1:
-                break
-            whole = share == size
-            taken.append(_Part(size=share, links=2 if whole and wraps and size > 2 else 1))
-            if not whole:
-                free.append((size // share, False))
-            left //= share
-        parts[axis] = taken
-    return parts
-
-
-def _next_dim(left: int, sizes: list[int]) -> int:
-    """Returns the dim to take: one that fits exactly, else the longest that divides, else any."""
-    if left in sizes:
-        return sizes.index(left)
-    dividing = [size for size in sizes if left % size == 0]
-    return sizes.index(max(dividing or sizes))
+@functools.lru_cache(maxsize=256)
+def _laid(topology: Topology, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
+    return axes_on_torus(topology, mesh)
 
 
 def _hosts(axes: Axes, mesh: MeshConfig, topology: Topology) -> Route:

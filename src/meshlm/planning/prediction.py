@@ -57,11 +57,11 @@ def predict(setup: Setup, topology: Topology, compiled: Compiled | None = None) 
     Raises:
         UsageError: the device's peak or bandwidth is not known.
     """
-    squares = squares_of(setup)
-    work = count_work(setup, squares)
-    if compiled is not None and compiled.fits:
-        work = dataclasses.replace(work, **_from_compiled(setup, work, squares, compiled))
-    return predict_work(setup, topology, work, from_compiler=compiled is not None)
+    work = count_work(setup, squares_of(setup))
+    by_compiler = compiled is not None and compiled.fits
+    if compiled is not None and by_compiler:
+        work = _from_compiled(setup, work, compiled, topology.facts)
+    return predict_work(setup, topology, work, from_compiler=by_compiler)
 
 
 def squares_of(setup: Setup) -> Squares:
@@ -69,11 +69,12 @@ def squares_of(setup: Setup) -> Squares:
     return "stored"
 
 
-def _from_compiled(
-    setup: Setup, work: Work, squares: Squares, compiled: Compiled
-) -> dict[str, object]:
-    """Returns what the compiled step says better than the formula does: FLOPs and exchanges."""
-    inside = work.attention_flops if squares == "stored" else 0.0
+def _from_compiled(setup: Setup, work: Work, compiled: Compiled, facts: DeviceFacts) -> Work:
+    """Returns the work with what the compiled step tells better: FLOPs, traffic and exchanges.
+
+    Of the traffic of products only what they do not hide counts.
+    """
+    peak, bandwidth = _known(facts)
     waited = {*setup.rules.heads, *setup.rules.vocab}
     transfers = tuple(
         Transfer(
@@ -84,9 +85,14 @@ def _from_compiled(
             hidden=not set(found.axes) <= waited,
         )
         for found in compiled.collectives
-        if found.axes
     )
-    return {"product_flops": compiled.flops - inside, "transfers": transfers}
+    beside = (max(0.0, t.bytes - t.flops * bandwidth / peak) for t in compiled.traffic)
+    return dataclasses.replace(
+        work,
+        product_flops=compiled.flops - work.attention_flops,
+        traffic_bytes=math.fsum(beside) if compiled.traffic else work.traffic_bytes,
+        transfers=transfers,
+    )
 
 
 def predict_work(
@@ -161,7 +167,7 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
     peak, bandwidth = _known(facts)
     source = "the compiled step" if from_compiler else "formulas, nothing was compiled"
     lines = [
-        f"FLOPs and exchanges from {source}",
+        f"FLOPs, memory traffic and exchanges from {source}",
         f"products at {PRODUCT_EFFICIENCY:.0%} of {peak / 1e12:,.1f} TFLOP/s a device",
         f"memory at {bandwidth / 1e9:,.0f} GB/s",
         "exchanges of weights and gradients hide behind products, those of activations do not",

@@ -121,20 +121,22 @@ def _transfers(setup: Setup) -> tuple[Transfer, ...]:
 
 
 def _of_weights(setup: Setup) -> tuple[Transfer, ...]:
-    """Gathered before use, once more for a backward pass that did not keep them; then reduced."""
+    """Gathered before use, once more for a backward pass that did not keep them.
+
+    Their gradients are reduced in float32, as the products leave them.
+    """
     parts, model, axes = setup.step.accumulate, setup.step.model, setup.rules.embed
     gathers = 1 if setup.step.compute.remat == "none" else 2
-    layer = _operand(setup) * layer_elements(setup)
-    head = _operand(setup) * elements(describe(model).head, setup, gathered=True)
+    layer, head = layer_elements(setup), elements(describe(model).head, setup, gathered=True)
 
     def of(op: str, size: float, count: float) -> Transfer:
         return Transfer(op=op, axes=axes, bytes=size, count=count, hidden=True)
 
     return (
-        of("all-gather", layer, parts * gathers * model.num_layers),
-        of("reduce-scatter", layer, parts * model.num_layers),
-        of("all-gather", head, parts),
-        of("reduce-scatter", head, parts),
+        of("all-gather", _operand(setup) * layer, parts * gathers * model.num_layers),
+        of("reduce-scatter", 4.0 * layer, parts * model.num_layers),
+        of("all-gather", _operand(setup) * head, parts),
+        of("reduce-scatter", 4.0 * head, parts),
     )
 
 

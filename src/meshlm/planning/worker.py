@@ -99,6 +99,7 @@ def compile_program(
         peak_bytes=arguments + outputs - alias + temp,
         flops=read.flops,
         bytes_accessed=read.bytes_accessed,
+        traffic=read.traffic,
         collectives=read.collectives,
         **facts,
     )
