@@ -48,6 +48,7 @@ COMMANDS = (
     Command("convert-config", "convert_config", "turn the original's configuration into ours"),
     Command("compare", "compare", "say how far two checkpoints or profiles are apart"),
     Command("verify", "verify", "check a run, a checkpoint or a token store for damage"),
+    Command("plan", "plan", "tell what a training step needs and takes, on devices not here"),
     Command("doctor", "doctor", "tell what this machine and this installation can do"),
 )
 

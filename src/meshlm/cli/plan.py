@@ -23,9 +23,8 @@ from meshlm.planning.topology import Topology, find_topology
 from meshlm.step import StepConfig
 
 EXAMPLES = (
-    "meshlm plan --preset gpt-j-6b --topology v3:16x8 --mesh.data 32 --mesh.model 8 "
-    "--batch-size 512 --accumulate 8",
-    "meshlm plan --preset gpt-j-6b --topology v5e:16x16 --search",
+    "meshlm plan --preset gpt-j-6b --topology v3:16x8 --mesh.data 32 --mesh.model 8",
+    "meshlm plan --preset gpt-j-6b --topology v5e:16x16 --batch-size 512 --search",
     "meshlm plan --preset 1.3b --topology H100:8 --batch-size 64 --json",
     "meshlm plan --preset 125m --topology here --no-compile",
 )
