@@ -4,6 +4,7 @@ Two FLOPs a multiplication with addition. Only products are counted: what else i
 the memory that it touches.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -117,16 +118,30 @@ def trips_of(loop: Instruction, computation: Computation, text: Text) -> int:
     if match := _KNOWN_TRIPS.search(loop.attributes):
         return int(match.group(1))
     condition, body = (text.computations[loop.called(name) or ""] for name in ("condition", "body"))
-    compared = condition.root
-    if compared.op != "compare" or "direction=LT" not in compared.attributes:
-        raise ValueError(f"a loop whose end cannot be read: {compared}")
+    compared = _scalar(condition.root, "compare", text)
+    if compared is None or "direction=LT" not in compared.attributes:
+        raise ValueError(f"a loop whose end cannot be read: {condition.root}")
     start = computation.instructions[loop.operands[0]]
     element, end = (_element_or_value(name, condition) for name in compared.operands)
-    assert element[0] == "element", compared
+    if element[0] != "element":
+        raise ValueError(f"a loop that counts nothing up: {compared}")
     limit = end[1] if end[0] == "value" else _started_with(start, end[1], computation)
     first = _started_with(start, element[1], computation)
-    step = _step(body, element[1])
-    return max(0, -(-(limit - first) // step))
+    return max(0, -(-(limit - first) // _step(body, element[1], text)))
+
+
+def _scalar(instruction: Instruction, op: str, text: Text) -> Instruction | None:
+    """Returns an instruction of this operation, taken out of the fusion that wraps it alone."""
+    if instruction.op == op:
+        return instruction
+    if instruction.op != "fusion":
+        return None
+    called = text.computations[instruction.called("calls") or ""]
+    inside = [called.instructions[name] for name in called.root.operands]
+    if called.root.op != op or any(operand.op != "parameter" for operand in inside):
+        return None
+    names = tuple(instruction.operands[int(operand.literal)] for operand in inside)
+    return dataclasses.replace(called.root, operands=names)
 
 
 def _element_or_value(name: str, condition: Computation) -> tuple[str, int]:
@@ -157,15 +172,16 @@ def _started_with(start: Instruction, element: int, computation: Computation) ->
     return int(found.literal)
 
 
-def _step(body: Computation, element: int) -> int:
+def _step(body: Computation, element: int, text: Text) -> int:
     """Returns what an element of a loop's state grows by."""
-    added = body.instructions[body.root.operands[element]]
-    while added.op in ("copy", "bitcast"):
-        added = body.instructions[added.operands[0]]
-    for name in added.operands if added.op == "add" else ():
+    grown = body.instructions[body.root.operands[element]]
+    while grown.op in ("copy", "bitcast"):
+        grown = body.instructions[grown.operands[0]]
+    added = _scalar(grown, "add", text)
+    for name in () if added is None else added.operands:
         if body.instructions[name].op == "constant":
             return int(body.instructions[name].literal)
-    raise ValueError(f"a loop whose step cannot be read: {added}")
+    raise ValueError(f"a loop whose step cannot be read: {grown}")
 
 
 def memory_bytes(instruction: Instruction, computation: Computation, text: Text) -> float:

@@ -11,7 +11,8 @@ from meshlm.planning.hlo_text import Instruction
 
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))?\s*\{([^}]*)\}")
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _ALL = re.compile(r"replica_groups=\{\}")
 _PAIRS = re.compile(r"source_target_pairs=\{\{([\d,{}]*)\}\}")
 _SIZE = re.compile(r"'([^']+)'=(\d+)")
@@ -49,11 +50,15 @@ def _first_group(text: str, devices: int) -> Sequence[int] | None:
         return _numbers(match.group(1))
     if match := _COUNTED.search(text):
         _, size, dims, order = match.groups()
-        shape = _numbers(dims)
-        order = _numbers(order) if order else range(len(shape))
-        return _transposed(shape, order)[: int(size)]
+        return _laid_out(dims, order)[: int(size)]
     if match := _NAMED.search(text):
-        return _named_group(match.group(1), match.group(2))
+        mesh, order, axes = match.groups()
+        group = _named_group(mesh, axes)
+        if order is None:
+            return group
+        numbers = _ORDER.fullmatch(order)
+        ids = _laid_out(*numbers.groups()) if numbers else _numbers(order)
+        return [ids[place] for place in group]
     return range(devices) if _ALL.search(text) else None
 
 
@@ -61,17 +66,18 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-def _transposed(shape: Sequence[int], order: Sequence[int]) -> list[int]:
-    """Returns 0, 1, 2, ... laid out as `shape`, its dims put in `order`, and read row by row."""
+def _laid_out(dims: str, order: str | None) -> list[int]:
+    """Returns 0, 1, 2, ... laid out as `dims`, these put in `order`, and read row by row."""
+    shape = _numbers(dims)
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     found = [0]
-    for d in order:
+    for d in _numbers(order) if order else range(len(shape)):
         found = [base + step * strides[d] for base in found for step in range(shape[d])]
     return found
 
 
 def _named_group(mesh: str, axes: str) -> list[int]:
-    """Returns the first group of a form such as mesh['a'=32,'b'=8] {'b'} or {'a':(2)4}."""
+    """Returns the places of the first group of a form as mesh['a'=32,'b'=8] {'b'} or {'a':(2)4}."""
     sizes = {name: int(size) for name, size in _SIZE.findall(mesh)}
     names = list(sizes)
     found = [0]
