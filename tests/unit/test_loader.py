@@ -84,7 +84,7 @@ def test_one_epoch_is_every_window_once_in_another_order_each_time() -> None:
     assert source.num_windows == [200]
     orders = []
     for epoch in range(3):
-        rows = [source.rows(step, 0, 10) for step in range(20 * epoch, 20 * (epoch + 1))]
+        rows = [source.rows(step, range(10)) for step in range(20 * epoch, 20 * (epoch + 1))]
         tokens = np.concatenate([r.tokens for r in rows])
         targets = np.concatenate([r.targets for r in rows])
         assert tokens.dtype == targets.dtype == np.int32
@@ -133,12 +133,12 @@ def test_any_split_over_processes_reads_the_same_batch(
     stores = [MemoryStore([*d, [1] * 9], path=Path(n)) for n, d in (("a", text), ("b", other))]
     options = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed, "document_mask": mask}
     mixture = [(stores[0], 0.7), (stores[1], 0.3)]
-    whole = BatchSource(mixture, **options).rows(step, 0, batch_size)
+    whole = BatchSource(mixture, **options).rows(step, range(batch_size))
     edges = [0, *sorted({c for c in cuts if c < batch_size}), batch_size]
     for start, stop in itertools.pairwise(edges):
         for store in stores:
             store.reads.clear()
-        part = BatchSource(mixture, **options).rows(step, start, stop)
+        part = BatchSource(mixture, **options).rows(step, range(start, stop))
         # Only its own rows are read.
         assert sum(len(s.reads) for s in stores) == stop - start
         assert_same(
@@ -235,7 +235,7 @@ def test_document_mask(text: list[list[int]], seq_len: int, seed: int) -> None:
     source = BatchSource(
         [(store, 1.0)], seq_len=seq_len, batch_size=4, seed=seed, document_mask=True
     )
-    batch = source.rows(0, 0, 4)
+    batch = source.rows(0, range(4))
     assert batch.segment_ids is not None
     # Which document each token is of, said without the starts: an end-of-text ends one.
     document = np.concatenate([[0], np.cumsum(store.tokens == 0)[:-1]])
@@ -252,7 +252,7 @@ def test_document_starts_are_not_converted() -> None:
     store.starts = np.arange(2_000_000, dtype=np.uint64)
     source = BatchSource([(store, 1.0)], seq_len=4, batch_size=4, seed=0, document_mask=True)
     tracemalloc.start()
-    source.rows(0, 0, 4)
+    source.rows(0, range(4))
     source.provenance(0)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -264,9 +264,9 @@ def test_document_starts_are_not_converted() -> None:
 
 def test_iterate_is_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     source = BatchSource([(counting_store(5000), 1.0)], seq_len=9, batch_size=6, seed=5)
-    iterator = source.iterate(17, 2, 5)
+    iterator = source.iterate(17, range(2, 5))
     for step in range(17, 60):
-        assert_same(next(iterator), source.rows(step, 2, 5))
+        assert_same(next(iterator), source.rows(step, range(2, 5)))
     assert [t for t in threading.enumerate() if t.name.startswith("grain")]
     iterator.close()
     deadline = time.monotonic() + 10
@@ -281,7 +281,7 @@ def test_an_error_while_reading_ahead_arrives() -> None:
             raise BadInputError("train.tokens.bin is cut short")
 
     source = BatchSource([(Broken([[1] * 50]), 1.0)], seq_len=9, batch_size=2, seed=5)
-    iterator = source.iterate(0, 0, 2)
+    iterator = source.iterate(0, range(2))
     with pytest.raises(BadInputError, match="cut short"):
         next(iterator)
 
@@ -292,7 +292,7 @@ def test_import_and_use_say_nothing() -> None:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import test_loader as t, os\n"
         "s = t.BatchSource([(t.counting_store(99), 1.0)], seq_len=4, batch_size=2, seed=0)\n"
-        "i = s.iterate(0, 0, 2); next(i); next(i); i.close()\n"
+        "i = s.iterate(0, range(2)); next(i); next(i); i.close()\n"
         "assert not t.Path(f'/proc/self/task/{os.getpid()}/children').read_text()\n"
     )
     folder = str(Path(__file__).parent)
@@ -414,7 +414,7 @@ def test_a_store_on_disk(tmp_path: Path) -> None:
     assert in_all == sum(len(text.encode()) for text in texts)
     source = BatchSource([(store, 1.0)], seq_len=16, batch_size=8, seed=0, document_mask=True)
     everything = store.tokenizer.decode(store.read("train", 0, store.num_tokens("train")).tolist())
-    for step, batch in zip(range(3, 9), source.iterate(3, 0, 8), strict=False):
+    for step, batch in zip(range(3, 9), source.iterate(3, range(8)), strict=False):
         for row, origin in enumerate(source.provenance(step)):
             assert origin.store == out
             assert store.tokenizer.decode(batch.tokens[row].tolist()).strip("�") in everything

@@ -9,9 +9,10 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from meshlm.checkpoint.folder import ARRAYS_NAME, reading, step_path, steps_in
+from meshlm.checkpoint.folder import ARRAYS_NAME, reading, step_of, step_path, steps_in
 from meshlm.checkpoint.manifest import ArrayInfo, Damage, read_files, read_manifest, verify
 from meshlm.core.errors import BadInputError
+from meshlm.core.processes import share
 
 _log = logging.getLogger(__name__)
 
@@ -84,17 +85,24 @@ def latest_good(folder: Path) -> Path | None:
 def restore_latest(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:
     """The newest good step, checked once and loaded; None where no step was ever saved.
 
+    Of several processes the first one checks, and all load the step that it has found good.
+
     Raises: as `latest_good` and `restore`.
     """
-    path = latest_good(folder)
-    if path is None:
+    good = share(lambda: _step_text(latest_good(folder)))
+    if not good:
         return None
+    path = step_path(folder, int(good))
     return Restored(
         path=path,
         step=read_manifest(path).step,
         arrays=restore(path, abstract, check=False),
         files=read_files(path),
     )
+
+
+def _step_text(step_folder: Path | None) -> str:
+    return "" if step_folder is None else str(step_of(step_folder))
 
 
 def _refuse_difference(

@@ -132,6 +132,8 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may be gone, and Orbax would wait for them
         failed = self._finish()
         if failed is not None and error is None:
             raise failed
@@ -150,7 +152,7 @@ class Checkpointer:
             response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
         infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
         finish = functools.partial(self._commit, step, response, infos, files)
-        self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}")
+        self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}", daemon=True)
         self._thread.start()
 
     def _commit(

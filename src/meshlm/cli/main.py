@@ -16,6 +16,7 @@ from typing import Any
 
 from meshlm.cli.help import command_help
 from meshlm.cli.parse import parse
+from meshlm.core import processes
 from meshlm.core.errors import MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import huge_page_variables
 
@@ -32,6 +33,8 @@ class Command:
     summary: str
     stop_code: int = 75
     """Exit code after SIGTERM, until the command has a handler of its own."""
+    passes_on: bool = False
+    """What stands after -- is not its own: `run` takes it as words."""
 
 
 # A module is imported when its command runs, so that help and mistakes answer at once.
@@ -48,6 +51,7 @@ COMMANDS = (
     Command("convert-config", "convert_config", "turn the original's configuration into ours"),
     Command("compare", "compare", "say how far two checkpoints or profiles are apart"),
     Command("verify", "verify", "check a run, a checkpoint or a token store for damage"),
+    Command("launch local", "launch", "train as several processes on this machine", passes_on=True),
     Command("plan", "plan", "tell what a training step needs and takes, on devices not here"),
     Command("doctor", "doctor", "tell what this machine and this installation can do"),
 )
@@ -63,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not verbose:
         # Orbax logs tracebacks of what it raises again and what we then say in a line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return _guarded(lambda: _run(words), verbose)
+    code = _guarded(lambda: _run(words), verbose)
+    processes.leave()
+    return code
 
 
 def _begin_again_on_huge_pages() -> None:
@@ -88,12 +94,16 @@ def _run(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, functools.partial(_stop, command.stop_code))
     module = importlib.import_module(f"meshlm.cli.{command.module}")
     prog = f"meshlm {command.words}"
+    passed_on: tuple[list[str], ...] = ()
+    if command.passes_on:
+        at = rest.index("--") if "--" in rest else len(rest)
+        rest, passed_on = rest[:at], (rest[at + 1 :],)
     if any(word in _HELP for word in rest):
         print(command_help(module.Config, prog, module.EXAMPLES))
         return 0
     if hasattr(module, "expand"):
         rest = module.expand(rest)
-    return module.run(parse(module.Config, rest, prog)) or 0
+    return module.run(parse(module.Config, rest, prog), *passed_on) or 0
 
 
 def _find(words: list[str]) -> tuple[Command, list[str]]:

@@ -1,5 +1,6 @@
 """meshlm train"""
 
+from meshlm.core.processes import is_first
 from meshlm.training.config import TrainConfig as Config
 from meshlm.training.loop import train
 from meshlm.training.settings import expand
@@ -18,4 +19,5 @@ EXAMPLES = (
 def run(config: Config) -> None:
     """Trains."""
     result = train(config)
-    print(f"{result.run}: step {result.step:,}; curves in {result.run / 'report.html'}")
+    if is_first():
+        print(f"{result.run}: step {result.step:,}; curves in {result.run / 'report.html'}")

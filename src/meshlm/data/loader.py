@@ -82,8 +82,13 @@ class EvalBatch:
     batch: Batch
     num_targets: int
     """targets with loss_mask 1"""
-    num_bytes: int
-    """UTF-8 bytes of text that those targets stand for; end-of-text stands for none"""
+    bytes_of_rows: np.ndarray
+    """UTF-8 bytes of text that each row's targets stand for; end-of-text stands for none"""
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of text that all targets stand for"""
+        return int(self.bytes_of_rows.sum())
 
 
 def parse_mixture(arguments: Sequence[str]) -> list[tuple[Path, float]]:
@@ -149,17 +154,17 @@ class BatchSource:
         # Grain sets up what it keeps at the first look, and not safely from two threads.
         assert self._windows[0] is not None
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of the global batch of a step; no other row is read."""
+    def rows(self, step: int, rows: Sequence[int]) -> Batch:
+        """Those rows of the global batch of a step; no other row is read."""
         width = self._seq_len + 1
         read = [
             _read_window(self._stores[i], "train", window * width, width, self._document_mask)
-            for i, window in self._row_windows(step, start, stop)
+            for i, window in self._row_windows(step, rows)
         ]
         return _stack(read)
 
-    def iterate(self, start_step: int, start: int, stop: int) -> Iterator[Batch]:
-        """`rows(step, start, stop)` for each step from start_step on, read ahead by threads.
+    def iterate(self, start_step: int, rows: Sequence[int]) -> Iterator[Batch]:
+        """`rows(step, rows)` for each step from start_step on, read ahead by threads.
 
         Closing the iterator ends the threads.
         """
@@ -167,7 +172,7 @@ class BatchSource:
         options = grain.ReadOptions(
             num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_STEPS
         )
-        batches = steps.map(lambda step: self.rows(step, start, stop)).to_iter_dataset(options)
+        batches = steps.map(lambda step: self.rows(step, rows)).to_iter_dataset(options)
         with contextlib.closing(iter(batches)) as iterator:
             yield from iterator
 
@@ -175,7 +180,7 @@ class BatchSource:
         """Where each row of a step comes from. It reads no token."""
         width = self._seq_len + 1
         sources = []
-        for i, window in self._row_windows(step, 0, self._batch_size):
+        for i, window in self._row_windows(step, range(self._batch_size)):
             starts = self._stores[i].document_starts("train")
             first, last = (
                 _document_of(starts, at) for at in (window * width, window * width + width - 1)
@@ -186,12 +191,13 @@ class BatchSource:
             )
         return sources
 
-    def _row_windows(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
+    def _row_windows(self, step: int, rows: Sequence[int]) -> list[tuple[int, int]]:
         """The store and window of each row."""
         assert step >= 0
-        assert 0 <= start < stop <= self._batch_size
+        assert len(rows) > 0
+        assert 0 <= min(rows) <= max(rows) < self._batch_size
         first = step * self._batch_size
-        picked = [self._windows[first + row] for row in range(start, stop)]
+        picked = [self._windows[first + row] for row in rows]
         return cast(
             list[tuple[int, int]], picked
         )  # Grain's None is for filters, and there are none
@@ -205,39 +211,47 @@ def eval_batches(
     batch_size: int,
     max_tokens: int | None = None,
     document_mask: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[EvalBatch]:
     """A split once from start to end: every token but the first is a target of exactly one row.
 
     Windows are of seq_len + 1 tokens and share one token with the next. The last one, and the last
     batch, are filled up with loss_mask 0. With `max_tokens` only so many targets are taken (one
-    window at least), in windows spread evenly over the split. No targets, no batches.
+    window at least), in windows spread evenly over the split. No targets, no batches. With `rows`
+    only those of each batch are read, given and counted.
     """
     _check_sizes(seq_len, batch_size)
     num_targets = max(0, store.num_tokens(split) - 1)
-    num_windows = -(-num_targets // seq_len)
+    num_windows, width = -(-num_targets // seq_len), seq_len + 1
     taken = num_windows
     if max_tokens is not None:
         taken = min(num_windows, max(1, max_tokens // seq_len))
     windows = [i * num_windows // taken for i in range(taken)]
     lengths = _byte_lengths(store.tokenizer)
     for first in range(0, taken, batch_size):
-        read = [
-            _read_window(store, split, window * seq_len, seq_len + 1, document_mask)
-            for window in windows[first : first + batch_size]
-        ]
-        empty = Batch(
-            tokens=np.zeros((1, seq_len), np.int32),
-            targets=np.zeros((1, seq_len), np.int32),
-            loss_mask=np.zeros((1, seq_len), np.float32),
-            segment_ids=np.zeros((1, seq_len), np.int32) if document_mask else None,
+        batch = _stack(
+            [
+                _read_window(store, split, windows[first + row] * seq_len, width, document_mask)
+                if first + row < taken
+                else _empty_row(seq_len, document_mask)
+                for row in (range(batch_size) if rows is None else rows)
+            ]
         )
-        batch = _stack(read + [empty] * (batch_size - len(read)))
         counted = batch.loss_mask > 0
         yield EvalBatch(
             batch=batch,
             num_targets=int(counted.sum()),
-            num_bytes=int(lengths[batch.targets[counted]].sum()),
+            bytes_of_rows=np.sum(lengths[batch.targets] * counted, axis=1, dtype=np.int32),
         )
+
+
+def _empty_row(seq_len: int, document_mask: bool) -> Batch:
+    return Batch(
+        tokens=np.zeros((1, seq_len), np.int32),
+        targets=np.zeros((1, seq_len), np.int32),
+        loss_mask=np.zeros((1, seq_len), np.float32),
+        segment_ids=np.zeros((1, seq_len), np.int32) if document_mask else None,
+    )
 
 
 class _Proportions(grain.transforms.DatasetSelectionMap):

@@ -1,5 +1,8 @@
 """Batches from the loader onto the mesh: each process brings the rows that its devices hold."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -9,38 +12,39 @@ from meshlm.data.loader import Batch
 from meshlm.step import StepBatch
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Returns the first row of a global batch that is held here, and the one after the last."""
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns the rows of a global batch that the devices of this process hold, in order.
+
+    They need not follow each other: a mesh is laid over the devices as its collectives want it.
+    """
     sharding = sharding_of(mesh, "batch", None)
     held = sharding.addressable_devices_indices_map((batch_size, 1)).values()
-    slices = [index[0] for index in held if index is not None]
-    starts = [part.start or 0 for part in slices]
-    stops = [batch_size if part.stop is None else part.stop for part in slices]
-    return min(starts), max(stops)
+    parts = [index[0] for index in held if index is not None]
+    return sorted({row for part in parts for row in range(*part.indices(batch_size))})
 
 
 def to_device(batch: Batch, mesh: Mesh, batch_size: int) -> StepBatch:
-    """Returns the global batch on the mesh, from this process's rows of it."""
-    sharding = sharding_of(mesh, "batch", None)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        shape = (batch_size, rows.shape[1])
-        return jax.make_array_from_process_local_data(sharding, rows, shape)
-
+    """Returns the global batch on the mesh, from this process's `local_rows` of it."""
+    rows = local_rows(mesh, batch_size)
     return StepBatch(
-        tokens=put(batch.tokens),
-        targets=put(batch.targets),
-        loss_mask=put(batch.loss_mask),
-        segment_ids=None if batch.segment_ids is None else put(batch.segment_ids),
+        tokens=put_rows(batch.tokens, rows, mesh, batch_size),
+        targets=put_rows(batch.targets, rows, mesh, batch_size),
+        loss_mask=put_rows(batch.loss_mask, rows, mesh, batch_size),
+        segment_ids=None
+        if batch.segment_ids is None
+        else put_rows(batch.segment_ids, rows, mesh, batch_size),
     )
 
 
-def take_rows(batch: Batch, start: int, stop: int) -> Batch:
-    """Returns some rows of a whole batch."""
-    segments = batch.segment_ids
-    return Batch(
-        tokens=batch.tokens[start:stop],
-        targets=batch.targets[start:stop],
-        loss_mask=batch.loss_mask[start:stop],
-        segment_ids=None if segments is None else segments[start:stop],
-    )
+def put_rows(values: np.ndarray, rows: Sequence[int], mesh: Mesh, batch_size: int) -> jax.Array:
+    """Returns the array of `batch_size` rows on the mesh, of which `values` are those `rows`."""
+
+    def part(index: Any) -> np.ndarray:
+        wanted = range(*index[0].indices(batch_size))
+        first = place[wanted.start]
+        return values[first : first + len(wanted)]
+
+    place = {row: i for i, row in enumerate(rows)}
+    shape = (batch_size, *values.shape[1:])
+    sharding = sharding_of(mesh, "batch", *(None for _ in shape[1:]))
+    return jax.make_array_from_callback(shape, sharding, part)

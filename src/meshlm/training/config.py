@@ -8,10 +8,13 @@ must be what the run has.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes
 
 from meshlm.core.config import from_dict
 from meshlm.core.errors import UsageError
+from meshlm.core.processes import ProcessConfig
 from meshlm.core.sharding import MeshConfig, current_rules
 from meshlm.model.compute import Remat, choose_compute
 from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
@@ -97,6 +100,9 @@ class TrainConfig:
     """Prompts of the samples."""
     sample_tokens: int = 48
     """Tokens of one sample."""
+    processes: Annotated[ProcessConfig, OmitArgPrefixes] = dataclasses.field(
+        default_factory=ProcessConfig
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", Path(self.run))

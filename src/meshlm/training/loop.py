@@ -18,6 +18,7 @@ from meshlm.checkpoint import (
     step_path,
 )
 from meshlm.checkpoint.folder import steps_in
+from meshlm.core import processes
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import device_facts
 from meshlm.core.sharding import use_mesh
@@ -33,29 +34,22 @@ from meshlm.step import (
     abstract_state,
     compile_train_step,
 )
+from meshlm.training.announcing import announce
 from meshlm.training.batches import local_rows, to_device
 from meshlm.training.config import RunConfig, TrainConfig
 from meshlm.training.continuing import first_difference
-from meshlm.training.lock import RunLock
-from meshlm.training.metrics import (
-    MetricsLog,
-    NoiseScale,
-    update_noise_scale,
-)
+from meshlm.training.metrics import NoiseScale, update_noise_scale
 from meshlm.training.origin import first_state
-from meshlm.training.progress import TrainingProgress
-from meshlm.training.report import write_report
+from meshlm.training.output import RunOutput
 from meshlm.training.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
-    add_incident,
     parse_config,
     write_config,
-    write_samples,
 )
 from meshlm.training.saved import saved_files, saved_noise
 from meshlm.training.signals import StopSignals
-from meshlm.training.start import make_folder, refuse_foreign_folder, resolve
+from meshlm.training.start import held_folder, refuse_other_options, resolve
 from meshlm.training.validation import Validator, check_sample_prompts, sample_texts
 
 _MAX_SKIPPED_IN_A_ROW = 10
@@ -84,15 +78,16 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         StoppedError: SIGTERM or SIGINT came; the state is saved.
         MeshLMError: ten losses or gradients in a row were not finite, or the last save failed.
     """
-    console = console or Console()
-    refuse_foreign_folder(config.run)
-    if not config.run.exists():
-        resolve(config)  # so that a mistake leaves no folder behind
-        make_folder(config.run)
-    with RunLock(config.run):
-        record, stores, mesh = resolve(config)
-        with use_mesh(mesh):
-            return _Run(config, record, stores, mesh, console).train()
+    processes.join(config.processes)
+    try:
+        with held_folder(config):
+            record, stores, mesh = processes.together(lambda: resolve(config))
+            refuse_other_options(config, record)
+            with use_mesh(mesh):
+                return _Run(config, record, stores, mesh, console or Console()).train()
+    except BaseException as error:
+        processes.say_failed(error)
+        raise
 
 
 class _Pending(NamedTuple):
@@ -160,22 +155,21 @@ class _Run:
         self._check_disk(start)
         config_json = write_config(self.config.run, self.record, self.config)
         self.files = {CONFIG_FILE: config_json, "tokenizer.json": self.tokenizer.to_json()}
-        log = MetricsLog(self.config.run, resume_step=start or None)
-        progress = TrainingProgress(
-            self.config.run, self.console, start=start, total=self.record.steps
+        self.output = RunOutput(
+            self.config.run, self.console, start=start, total=self.record.steps, begins=not start
         )
         # The checkpointer ends its work before the folder's lock is given up, whatever happens.
-        with log, progress, self.checkpointer, StopSignals() as signals:
-            self.log, self.progress = log, progress
-            self._announce(start)
+        with self.output, self.checkpointer, StopSignals() as signals:
+            announce(self.output, self.config, self.record, self.step_config, self.source, start)
+            self._say_what_was_before(start)
             try:
                 step = self._loop(state, start, signals)
-            except MeshLMError as error:
-                kind = "stopped" if isinstance(error, StoppedError) else "failed"
-                add_incident(self.config.run, self.last_line.get("step", start), kind, str(error))
+            except BaseException as error:
+                processes.say_failed(error)  # before anything here waits for the others
+                self._note(error, start)
                 raise
             finally:
-                write_report(self.config.run)
+                self.output.report()
         return TrainResult(
             run=self.config.run,
             step=step,
@@ -184,11 +178,10 @@ class _Run:
         )
 
     def _restore(self) -> tuple[TrainState, int]:
-        named = to_named(self.abstract)
-        restored = restore_latest(self.checkpoints, named)
+        restored = restore_latest(self.checkpoints, to_named(self.abstract))
         if restored is None:
             state = first_state(
-                self.record, self.config, self.step_config, self.abstract, self.console.print
+                self.record, self.config, self.step_config, self.abstract, self._print
             )
             return state, self.record.first_step
         self.noise = saved_noise(restored.files, str(restored.path))
@@ -200,6 +193,27 @@ class _Run:
                 f"step {restored.step}"
             )
         return from_named(self.abstract, restored.arrays), restored.step
+
+    def _print(self, text: str) -> None:
+        if processes.is_first():
+            self.console.print(text)
+
+    def _note(self, error: BaseException, start: int) -> None:
+        if isinstance(error, MeshLMError):
+            kind = "stopped" if isinstance(error, StoppedError) else "failed"
+            self.output.incident(self.last_line.get("step", start), kind, str(error))
+
+    def _say_what_was_before(self, start: int) -> None:
+        if self.passed_over:
+            self.output.say(self.passed_over)
+            self.output.incident(start, "damaged", self.passed_over)
+        if self.record.first_step < start < self.record.steps:
+            self.output.say(f"resumed from {step_path(self.checkpoints, start)}")
+            self.output.incident(start, "resumed", f"resumed from step {start}")
+        if start >= self.record.steps:
+            self.output.say(
+                f"step {start} of {self.record.steps} is done already: give --steps more to go on"
+            )
 
     def _refuse_other_past(self, restored: Restored) -> None:
         where = restored.path / CONFIG_FILE
@@ -223,52 +237,11 @@ class _Run:
             keep_every=self.config.keep_every,
         )
 
-    def _announce(self, start: int) -> None:
-        record, mesh = self.record, self.config.mesh
-        tokens = record.batch_size * record.seq_len
-        for line in (
-            f"{record.preset}: {count_params(record.model):,} parameters, "
-            f"{self.flops_per_token / 1e9:,.3f} GFLOP a token",
-            f"{record.batch_size} x {record.seq_len} = {tokens:,} tokens a step in "
-            f"{record.accumulate} part(s), {record.steps:,} steps, "
-            f"{tokens * record.steps:,} tokens",
-            f"mesh replica {mesh.replica} x data {mesh.data} x model {mesh.model} on "
-            f"{device_facts().kind}; {record.compute_dtype} products, "
-            f"remat {self.step_config.compute.remat}",
-            f"learning rate {record.optimizer.learning_rate:g} -> "
-            f"{record.optimizer.end_learning_rate:g}, warm-up {record.optimizer.warmup_steps}, "
-            f"anneal {record.optimizer.anneal_steps}; everything: "
-            f"{self.config.run / 'config.json'}",
-        ):
-            self.progress.say(line)
-        epochs = tokens * record.steps / (sum(self.source.num_windows) * record.seq_len)
-        self.progress.say(
-            f"data: {sum(self.source.num_windows):,} sequences, {epochs:,.2f} times over"
-        )
-        idle = jax.device_count() - mesh.num_devices
-        if idle:
-            self.progress.say(f"{idle} of {jax.device_count()} devices are idle: see --mesh.data")
-        scheduled = record.optimizer.warmup_steps + record.optimizer.anneal_steps
-        if record.steps > scheduled:
-            self.progress.say(
-                f"the anneal ends at step {scheduled}: from there on the learning rate stays "
-                f"{record.optimizer.end_learning_rate:g}"
-            )
-        if self.passed_over:
-            self.progress.say(self.passed_over)
-            add_incident(self.config.run, start, "damaged", self.passed_over)
-        if record.first_step < start < record.steps:
-            self.progress.say(f"resumed from {step_path(self.checkpoints, start)}")
-            add_incident(self.config.run, start, "resumed", f"resumed from step {start}")
-        if start >= record.steps:
-            self.progress.say(
-                f"step {start} of {record.steps} is done already: give --steps more to go on"
-            )
-
     def _loop(self, state: TrainState, start: int, signals: StopSignals) -> int:
         """Trains from `start` on; reads the metrics of a step once the next one is under way."""
         step_function = compile_train_step(self.step_config)
         pending: _Pending | None = None
+        stop = processes.Stop()
         with contextlib.closing(self._batches(start)) as batches:
             for step in range(start + 1, self.record.steps + 1):
                 began_s = time.monotonic()
@@ -281,17 +254,18 @@ class _Run:
                 if pending:
                     self._finish(pending.done_before(done_s, self.last_done_s))
                 pending = _Pending(step, metrics, began_s, waited_s, done_s)
-                if signals.exit_code is not None or self._is_due(step):
+                exit_code = stop.code_after(step, signals.exit_code)
+                if exit_code is not None or self._is_due(step):
                     self._finish(pending, state)
                     pending = None
-                if signals.exit_code is not None:
-                    self._stop(state, step, signals.exit_code)
+                if exit_code is not None:
+                    self._stop(state, step, exit_code)
         self._wait_for_save()
         return max(start, self.record.steps)
 
     def _batches(self, start: int) -> Generator[StepBatch, None, None]:
-        first, last = local_rows(self.mesh, self.record.batch_size)
-        for batch in self.source.iterate(start, first, last):
+        rows = local_rows(self.mesh, self.record.batch_size)
+        for batch in self.source.iterate(start, rows):
             yield to_device(batch, self.mesh, self.record.batch_size)
 
     def _is_due(self, step: int) -> bool:
@@ -318,16 +292,8 @@ class _Run:
             )
 
     def _write_line(self, step: int, values: dict[str, Any]) -> None:
-        self.log.write(step, **values)
         self.last_line = {"step": step, **values}
-        self.progress.step(step, values)
-        if values.get("val_loss") is not None:
-            self.progress.say(
-                f"step {step}: held-out loss {values['val_loss']:.4f}, perplexity "
-                f"{values['val_perplexity']:,.2f}, {values['val_bits_per_byte']:.4f} bits per byte"
-            )
-        if values["skipped"]:
-            self.progress.say(f"step {step}: loss or gradient not finite, weights left as before")
+        self.output.line(step, values)
 
     def _line(self, pending: "_Pending", metrics: StepMetrics) -> dict[str, Any]:
         done_s = time.monotonic() if pending.done_s is None else pending.done_s
@@ -361,18 +327,16 @@ class _Run:
             self._save(step, state)
         if config.sample_every and (step % config.sample_every == 0 or step == last):
             samples = sample_texts(state.params, self.record, self.tokenizer, config, step)
-            write_samples(config.run, step, samples)
-            prompt, text = samples[0]
-            self.progress.say(f"step {step}: {(prompt + text)!r}")
-        write_report(config.run)
+            self.output.samples(step, samples)
+        self.output.report()
 
     def _save(self, step: int, state: TrainState) -> None:
         files = saved_files(self.files, step, self.record, self.noise)
         try:
             self.checkpointer.save(step, to_named(state), files)
         except MeshLMError as error:
-            add_incident(self.config.run, step, "checkpoint failed", str(error))
-            self.progress.say(f"step {step}: {error}")
+            self.output.incident(step, "checkpoint failed", str(error))
+            self.output.say(f"step {step}: {error}")
 
     def _wait_for_save(self) -> None:
         """Raises MeshLMError where the last save failed: such a run has not ended well."""
@@ -384,11 +348,12 @@ class _Run:
         if step != self.record.steps and step % self.config.checkpoint_every != 0:
             self._save(step, state)
         self._wait_for_save()
-        raise StoppedError(
+        error = StoppedError(
             f"stopped by a signal after step {step}, saved in "
             f"{step_path(self.checkpoints, step)}: run the same command to go on",
             exit_code,
         )
+        raise processes.agree(error)
 
 
 def _finite(x: Any) -> float | None:

@@ -13,6 +13,7 @@ from meshlm.checkpoint.manifest import library_versions
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.core.platform import device_facts
+from meshlm.core.processes import is_first
 from meshlm.training.config import RunConfig, TrainConfig, read_run_config
 from meshlm.training.report.record import INCIDENTS_FILE, SAMPLES_FOLDER
 
@@ -21,14 +22,20 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def write_config(run: Path, record: RunConfig, options: TrainConfig) -> bytes:
-    """Writes config.json whole, and returns its bytes.
+    """Writes config.json whole, in the first process, and returns its bytes.
 
     `run` is what may not change; `options` are those of this start that may; `environment` says
     where it ran.
     """
-    free = {name: to_dict(options)[name] for name in _FREE_OPTIONS}
-    content = to_json({"run": to_dict(record), "options": free, "environment": _environment()})
-    replace_file(run / CONFIG_FILE, content)
+    content = to_json(
+        {
+            "run": to_dict(record),
+            "options": free_options(options),
+            "environment": _environment(),
+        }
+    )
+    if is_first():
+        replace_file(run / CONFIG_FILE, content)
     return content
 
 
@@ -44,6 +51,12 @@ _FREE_OPTIONS = (
     "sample_prompts",
     "sample_tokens",
 )
+
+
+def free_options(options: TrainConfig) -> dict[str, Any]:
+    """Returns the options, by name, that another start of the run may have otherwise."""
+    values = to_dict(options)
+    return {name: values[name] for name in _FREE_OPTIONS}
 
 
 def _environment() -> dict[str, Any]:

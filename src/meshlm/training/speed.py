@@ -21,8 +21,7 @@ def measure_step_s(record: RunConfig, mesh_config: MeshConfig) -> float:
     """
     mesh = make_mesh(mesh_config)
     step_config = record.step_config(None, mesh_config)
-    first, last = local_rows(mesh, record.batch_size)
-    shape = (last - first, record.seq_len)
+    shape = (len(local_rows(mesh, record.batch_size)), record.seq_len)
     zeros = np.zeros(shape, np.int32)
     rows = Batch(tokens=zeros, targets=zeros, loss_mask=np.ones(shape, np.float32))
     times_s = []

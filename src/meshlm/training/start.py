@@ -1,24 +1,32 @@
 """Before a run trains: its folder, its record (new or continued), its stores and its mesh."""
 
+import contextlib
+import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from meshlm.checkpoint.folder import ARRAYS_NAME
+from meshlm.core.config import from_dict, to_dict
 from meshlm.core.errors import UsageError
+from meshlm.core.processes import share, together
 from meshlm.core.sharding import make_mesh
 from meshlm.data.loader import parse_mixture
 from meshlm.data.store import TokenStore
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, check_batch, new_run
-from meshlm.training.continuing import continued_run
-from meshlm.training.lock import LOCK_NAME
+from meshlm.training.continuing import continued_run, first_difference
+from meshlm.training.lock import LOCK_NAME, RunLock
 from meshlm.training.memory import check_memory
 from meshlm.training.origin import check_tokenizer, describe_origin, open_origin
-from meshlm.training.run_folder import CONFIG_FILE, read_config
+from meshlm.training.run_folder import CONFIG_FILE, free_options, read_config
 from meshlm.training.settings import read_settings
 
 # What a run that was killed at its very beginning leaves.
+_FOLDER_TIMEOUT_S = 60.0  # file systems show others' files late
 _BEFORE_CONFIG = (LOCK_NAME, f"{CONFIG_FILE}.partial")
 
 
@@ -39,7 +47,66 @@ def refuse_foreign_folder(run: Path) -> None:
         )
 
 
-def make_folder(run: Path) -> None:
+@contextlib.contextmanager
+def held_folder(config: TrainConfig) -> Iterator[None]:
+    """Holds the run's folder while its block runs: the first process for all of them.
+
+    Raises:
+        UsageError: the folder is something else, or not the same one in every process.
+        BusyError: another run is in it.
+    """
+    with contextlib.ExitStack() as held:
+        holder = share(lambda: _take_folder(config, held))
+        together(lambda: _find_folder(config.run, holder))
+        yield
+
+
+def _take_folder(config: TrainConfig, held: contextlib.ExitStack) -> str:
+    """Returns what the lock says of its holder, this process."""
+    refuse_foreign_folder(config.run)
+    if not config.run.exists():
+        resolve(config)  # so that a mistake leaves no folder behind
+        _make_folder(config.run)
+    held.enter_context(RunLock(config.run))
+    return (config.run / LOCK_NAME).read_text()
+
+
+def _find_folder(run: Path, holder: str) -> None:
+    until_s = time.monotonic() + _FOLDER_TIMEOUT_S
+    while True:
+        with contextlib.suppress(OSError):
+            if (run / LOCK_NAME).read_text() == holder:
+                return
+        if time.monotonic() > until_s:
+            raise UsageError(
+                f"--run {run} is not the folder that process 0 has: give a folder on a file "
+                "system that all processes share"
+            )
+        time.sleep(0.5)
+
+
+def refuse_other_options(config: TrainConfig, record: RunConfig) -> None:
+    """Raises UsageError where this process was started with other options than process 0."""
+    ours = {"run": to_dict(record), "options": free_options(config)}
+    theirs = json.loads(share(lambda: json.dumps(ours)))
+    together(lambda: _compare(record, ours["options"], theirs))
+
+
+def _compare(record: RunConfig, options: dict[str, Any], theirs: dict[str, Any]) -> None:
+    difference = first_difference(
+        from_dict(RunConfig, theirs["run"], "process 0's command"), record
+    )
+    for name, value in json.loads(json.dumps(options)).items():
+        if difference is None and value != theirs["options"][name]:
+            difference = f"{name} is {theirs['options'][name]} and {value}"
+    if difference is not None:
+        raise UsageError(
+            f"process 0 and another one were not started alike, {difference}: give all processes "
+            "the same options and stores"
+        )
+
+
+def _make_folder(run: Path) -> None:
     """Makes the run's folder; raises UsageError where it cannot be made."""
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -73,8 +140,19 @@ def resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.shard
         record = continued_run(config, before, records)
     check_batch(record, config.mesh)
     mesh = make_mesh(config.mesh)
+    _check_everyone_has_part(mesh)
     check_memory(record, config.mesh)
     return record, stores, mesh
+
+
+def _check_everyone_has_part(mesh: jax.sharding.Mesh) -> None:
+    with_part = {device.process_index for device in mesh.devices.flat}
+    without = sorted(set(range(jax.process_count())) - with_part)
+    if without:
+        raise UsageError(
+            f"the mesh's {mesh.size} devices are none of process {', '.join(map(str, without))}: "
+            f"raise --mesh.* to the {jax.device_count()} devices of all processes, or start fewer"
+        )
 
 
 def _new_run(

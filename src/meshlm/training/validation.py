@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from meshlm.core.errors import UsageError
@@ -15,7 +16,7 @@ from meshlm.generation import DecodeModel, Generator, SamplingConfig
 from meshlm.model.params import Params
 from meshlm.model.transformer import Compute
 from meshlm.step import StepConfig, eval_step
-from meshlm.training.batches import local_rows, take_rows, to_device
+from meshlm.training.batches import local_rows, put_rows, to_device
 from meshlm.training.config import RunConfig, TrainConfig
 
 _SAMPLE_TEMPERATURE = 0.8
@@ -37,6 +38,7 @@ class Validator:
         self._record, self._mesh, self._max_tokens = record, mesh, max_tokens
         self._batch_size = record.batch_size // record.accumulate
         self._eval = jax.jit(lambda params, batch: eval_step(params, batch, step_config))
+        self._add = jax.jit(jnp.sum)
 
     def measure(self, params: Params) -> dict[str, Any]:
         """Returns val_loss (nats a token), val_perplexity and val_bits_per_byte.
@@ -44,11 +46,13 @@ class Validator:
         Several stores share the tokens by their weights. Where no store has held-out text the
         result is empty.
         """
-        nll, tokens, size = 0.0, 0, 0
+        nll, tokens, size = 0.0, 0.0, 0.0
         for store, data in self._stores:
             share = max(1, int(self._max_tokens * data.weight))
-            for sums, num_targets, num_bytes in self._batches(params, store, share):
-                nll, tokens, size = nll + float(sums), tokens + num_targets, size + num_bytes
+            for sums in self._batches(params, store, share):
+                nll, tokens, size = (
+                    a + b for a, b in zip((nll, tokens, size), map(float, sums), strict=True)
+                )
         if not tokens:
             return {}
         loss = nll / tokens
@@ -59,7 +63,7 @@ class Validator:
         }
 
     def _batches(self, params: Params, store: TokenStore, max_tokens: int):
-        first, last = local_rows(self._mesh, self._batch_size)
+        rows = local_rows(self._mesh, self._batch_size)
         for part in eval_batches(
             store,
             "val",
@@ -67,10 +71,12 @@ class Validator:
             batch_size=self._batch_size,
             max_tokens=max_tokens,
             document_mask=self._record.document_mask,
+            rows=rows,
         ):
-            local = take_rows(part.batch, first, last)
-            batch = to_device(local, self._mesh, self._batch_size)
-            yield self._eval(params, batch).nll, part.num_targets, part.num_bytes
+            batch = to_device(part.batch, self._mesh, self._batch_size)
+            sums = self._eval(params, batch)
+            num_bytes = put_rows(part.bytes_of_rows, rows, self._mesh, self._batch_size)
+            yield sums.nll, sums.tokens, self._add(num_bytes)
 
 
 def sample_texts(

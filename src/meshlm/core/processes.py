@@ -1,0 +1,345 @@
+"""The processes of one run: joining them, agreeing among them, and ending together.
+
+A run of several processes is JAX's own multi-controller runtime: each process runs the same
+program, and `jax.distributed` connects them. What is done here stands around it: the roll call
+(`roll_call.py`), the watch that ends all when one has died (`watch.py`), and agreements through
+the coordinator's key-value store, so that all raise, stop or go on alike.
+
+In a run of one process everything here does nothing and costs nothing.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.core.roll_call import call_roll
+from meshlm.core.watch import Watch
+
+T = TypeVar("T")
+
+_ADDRESS, _COUNT, _NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Environments of several processes that JAX knows: the variables that are there in each of them.
+_SCHEDULERS = (
+    ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
+)
+_LONG_MS = 24 * 60 * 60 * 1000
+_LAG_STEPS = 3
+
+_watch: Watch | None = None
+_agreed: BaseException | None = None
+_meetings = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """How the processes of a run find each other; left out, the environment or scheduler says."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes train together. [JAX_COORDINATOR_ADDRESS]"""
+    num_processes: int | None = None
+    """Processes that train together. [JAX_NUM_PROCESSES, or what the scheduler says; 1]"""
+    process_id: int | None = None
+    """This process's number, from 0. [JAX_PROCESS_ID, or what the scheduler says]"""
+    join_timeout_s: int = 300
+    """Seconds to wait at the start for the other processes."""
+    heartbeat_timeout_s: int = 60
+    """Seconds without a sign of life after which a process counts as dead and all end."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("join_timeout_s", 1), ("heartbeat_timeout_s", 5)):
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more"
+                )
+
+
+def join(config: ProcessConfig) -> None:
+    """Returns when every process of the run is there and connected; call it before JAX starts.
+
+    A program that has called `jax.distributed.initialize` itself is taken as it is.
+
+    Raises:
+        UsageError: the settings are not complete or contradict each other.
+        BusyError: the coordinator's port is in use.
+        MeshLMError: a process is missing; its number is named.
+    """
+    global _watch
+    import jax
+
+    if _watch is not None:
+        return
+    if not jax.distributed.is_initialized():
+        place = _place(config)
+        if place is None:
+            return
+        address, count, number, devices = place
+        call_roll(address, number, count, config.join_timeout_s)
+        # SIGTERM is ours: see `Stop`.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            address,
+            count,
+            number,
+            local_device_ids=devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=config.join_timeout_s,
+            # The watch is to be first: it says in a line what JAX says in a dump.
+            heartbeat_timeout_seconds=2 * config.heartbeat_timeout_s,
+            shutdown_timeout_seconds=config.heartbeat_timeout_s,
+        )
+    # Each process tells the others of its devices when JAX starts: none may start alone.
+    jax.devices()
+    _watch = Watch(_client(), jax.process_index(), jax.process_count(), config.heartbeat_timeout_s)
+
+
+def _place(config: ProcessConfig) -> tuple[str, int, int, Any] | None:
+    """Returns (address, number of processes, this one's number, its devices), or None for one."""
+    address = config.coordinator or os.environ.get(_ADDRESS) or None
+    count = _whole("--num-processes", config.num_processes, _COUNT)
+    number = _whole("--process-id", config.process_id, _NUMBER)
+    devices = None
+    if None in (address, count, number) and _is_scheduled():
+        address, count, number, devices = _ask_scheduler(address, count, number, config)
+    given = {"--coordinator": address, "--num-processes": count, "--process-id": number}
+    missing = [option for option, value in given.items() if value is None]
+    if len(missing) == 3 or count == 1:
+        return None
+    if missing:
+        there = ", ".join(option for option in given if option not in missing)
+        raise UsageError(
+            f"{' and '.join(missing)} missing beside {there}: give all three, as options or as "
+            f"{_ADDRESS}, {_COUNT} and {_NUMBER}"
+        )
+    assert address is not None
+    assert count is not None
+    assert number is not None
+    if count < 1 or not 0 <= number < count:
+        raise UsageError(
+            f"--process-id {number} of --num-processes {count}: give 0 to {max(0, count - 1)}"
+        )
+    return address, count, number, devices
+
+
+def _whole(option: str, given: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    if given is not None or not text:
+        return given
+    if not text.isdigit():
+        raise UsageError(f"{variable}={text} is no number: correct it, or give {option}")
+    return int(text)
+
+
+def _is_scheduled() -> bool:
+    """Returns whether a scheduler that JAX knows has started this process as one of several."""
+    from jax._src import cloud_tpu_init
+
+    sizes = (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE"))
+    if cloud_tpu_init.running_in_cloud_tpu_vm:
+        return True
+    return "1" not in sizes and any(all(v in os.environ for v in known) for known in _SCHEDULERS)
+
+
+def _ask_scheduler(
+    address: str | None, count: int | None, number: int | None, config: ProcessConfig
+) -> tuple[str | None, int | None, int | None, Any]:
+    """Returns the place with what JAX's own detection adds to it."""
+    from jax._src import clusters
+
+    try:
+        return clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            address, count, number, None, None, config.join_timeout_s
+        )
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MeshLMError(
+            f"the scheduler does not say who trains together ({reason}): give --coordinator, "
+            "--num-processes and --process-id"
+        ) from None
+
+
+def _client() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that writes: number 0, or the only one."""
+    return _watch is None or _watch.number == 0
+
+
+def count() -> int:
+    """Returns the number of processes."""
+    return 1 if _watch is None else _watch.count
+
+
+def together(work: Callable[[], T]) -> T:
+    """Returns what `work` returns here, once it has returned in every process.
+
+    Raises:
+        MeshLMError: `work` failed here; or elsewhere, with that process's number and its exit code.
+    """
+    global _agreed
+    if _watch is None:
+        return work()
+    key = f"meshlm/meeting/{next(_meetings)}"
+    failed: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must not wait
+        failed = error
+    said = {} if failed is None else {"exit_code": _code_of(failed), "message": _line_of(failed)}
+    client = _client()
+    client.key_value_set(f"{key}/{_watch.number}", json.dumps(said))
+    client.wait_at_barrier(key, _LONG_MS)
+    heard = {
+        int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"{key}/")
+    }
+    if failed is None:
+        number = next((n for n in sorted(heard) if heard[n]), None)
+        if number is None:
+            return result
+        failed = _PeerError(f"process {number}: {heard[number]['message']}")
+        failed.exit_code = heard[number]["exit_code"]
+    _agreed = failed
+    raise failed
+
+
+class _PeerError(MeshLMError):
+    """What has failed in another process."""
+
+
+def _code_of(error: BaseException) -> int:
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+def _line_of(error: BaseException) -> str:
+    line = str(error).strip().split("\n")[0]
+    return line if isinstance(error, MeshLMError) else f"{type(error).__name__}: {line}"
+
+
+def share(value: Callable[[], str]) -> str:
+    """Returns process 0's text in every process; `value` runs there alone.
+
+    Raises:
+        MeshLMError: as `together`.
+    """
+    if _watch is None:
+        return value()
+    text = together(value if is_first() else lambda: "")
+    key = f"meshlm/shared/{next(_meetings)}"
+    if is_first():
+        _client().key_value_set(key, text)
+    return _client().blocking_key_value_get(key, _LONG_MS)
+
+
+class Stop:
+    """Agrees on the step after which all stop, where one has been told to.
+
+    A step ends nowhere before it has begun everywhere, and a process begins a step after it has
+    seen the end of the one before the last. So nobody is more than two steps ahead of the process
+    that names a step, and all have looked here before they reach it.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def code_after(self, step: int, told: int | None) -> int | None:
+        """Returns the exit code with which to stop after `step`, or None to go on.
+
+        Args:
+            step: sent to the devices; the one before it has ended.
+            told: this process's own exit code, where a signal has come.
+        """
+        if _watch is None:
+            return told
+        client = _client()
+        if told is not None and not self._told:
+            self._told = True
+            with contextlib.suppress(_no_such_key()):  # another one was first
+                client.key_value_set("meshlm/stop", f"{step + _LAG_STEPS} {told}")
+        try:
+            last, code = client.key_value_try_get("meshlm/stop").split()
+        except _no_such_key():
+            return None
+        return int(code) if step >= int(last) else None
+
+
+def _no_such_key() -> type[Exception]:
+    import jax
+
+    return jax.errors.JaxRuntimeError
+
+
+def agree(error: MeshLMError) -> MeshLMError:
+    """Returns the error, noted as one that every process raises: nobody else is told of it."""
+    global _agreed
+    _agreed = error
+    return error
+
+
+def say_failed(error: BaseException) -> None:
+    """Tells the others that this process ends with `error`, so that none waits for it."""
+    if _watch is None or error is _agreed:
+        return
+    _watch.say_failed(_line_of(error), _code_of(error))
+
+
+def measure_all_reduce() -> float | None:
+    """Returns the seconds that a sum over all devices takes; None for one process.
+
+    Raises:
+        MeshLMError: the sum is wrong: the devices do not reach each other as they should.
+    """
+    if _watch is None:
+        return None
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("all"))
+    numbers = jax.make_array_from_callback(
+        (devices,), split, lambda index: np.arange(devices, dtype=np.float32)[index]
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    add = jax.jit(lambda x: x.sum(), out_shardings=whole)
+    with jax.set_mesh(mesh):
+        float(add(numbers))  # compiles
+        began_s = time.monotonic()
+        found = float(add(numbers))
+    if found != devices * (devices - 1) / 2:
+        raise MeshLMError(
+            f"the self-test's sum over {devices} devices is {found:g} and not "
+            f"{devices * (devices - 1) / 2:g}: the devices do not reach each other as they should"
+        )
+    return time.monotonic() - began_s
+
+
+def on_host(x: Any) -> Any:
+    """Returns a whole array as numpy's, wherever its parts lie; all processes call it together."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def leave() -> None:
+    """Returns when every process has come here; ends this one at once where it has failed alone.
+
+    For the end of a program; one that does not call it does so when Python ends.
+    """
+    if _watch is not None:
+        _watch.end()

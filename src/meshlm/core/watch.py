@@ -1,0 +1,145 @@
+"""The watch over the processes of a run: when one dies or fails, all end, each with one line.
+
+Two threads beside the work, in every process. One gives a sign of life, in the coordinator's
+key-value store, and in process 0 looks for those that have stopped. The other waits for words: what
+a process says that fails, or what process 0 says of one that is silent. It ends the process at
+once, because the main thread may hang for good in a sum over devices that nobody else will join.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+_BEATS, _WORDS, _HEARD, _END = "meshlm/beat", "meshlm/words", "meshlm/heard", "meshlm/end"
+_BEATS_A_TIMEOUT = 6
+_LISTEN_MS = 60 * 60 * 1000
+_LINGER_S = 5.0
+_END_TIMEOUT_MS = 60 * 60 * 1000
+_REMEDY = (
+    "it was killed, or its machine or network is down; run the same command again to go on from "
+    "the last checkpoint"
+)
+
+
+class Watch:
+    """Watches from when it is made until this process leaves.
+
+    Args:
+        client: JAX's connection to the coordinator.
+        timeout_s: without a sign of life, after which a process counts as dead.
+    """
+
+    def __init__(self, client: Any, number: int, count: int, timeout_s: float) -> None:
+        self.number, self.count = number, count
+        self._client, self._timeout_s = client, timeout_s
+        self._over = threading.Event()
+        self._failed_with: int | None = None
+        self._threads = [
+            threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True)
+            for work in (self._beat, self._listen)
+        ]
+        for thread in self._threads:
+            thread.start()
+        # For a program that does not say when it leaves. JAX's own handler comes after it.
+        atexit.register(self.end)
+
+    def say_failed(self, reason: str, exit_code: int) -> None:
+        """Tells all why this process ends. The first that speaks is heard."""
+        self._failed_with = exit_code
+        self._say(f"process {self.number}: {reason}", exit_code, dead=None)
+
+    def end(self) -> None:
+        """Returns when every process has come here; ends this one at once where it has failed."""
+        if self._over.is_set():
+            self._threads[1].join()  # it may be about to end the process
+            return
+        if self._failed_with is not None:
+            self._over.set()
+            self._end_after_words(self._failed_with, dead=None)
+        with contextlib.suppress(Exception):
+            self._client.wait_at_barrier(_END, _END_TIMEOUT_MS)
+        self._over.set()
+        # Python must not end while a thread is inside of JAX: the process would be aborted.
+        with contextlib.suppress(Exception):
+            if self.number == 0:
+                self._client.key_value_set(_WORDS, json.dumps({"by": None}))
+        for thread in self._threads:
+            thread.join(_LINGER_S)
+
+    def _say(self, message: str, exit_code: int, *, dead: int | None) -> None:
+        words = {"by": self.number, "message": message, "exit_code": exit_code, "dead": dead}
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(_WORDS, json.dumps(words))
+
+    def _beat(self) -> None:
+        pause_s = self._timeout_s / _BEATS_A_TIMEOUT
+        seen: dict[str, tuple[str, float]] = {}
+        for beat in range(sys.maxsize):
+            # Who cannot reach the coordinator is told so in `_listen`.
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(f"{_BEATS}/{self.number}", str(beat), True)
+                if self.number == 0:
+                    self._look_around(seen)
+            if self._over.wait(pause_s):
+                return
+
+    def _look_around(self, seen: dict[str, tuple[str, float]]) -> None:
+        now_s = time.monotonic()
+        beats = {str(n): "" for n in range(self.count)}
+        beats |= {k.rpartition("/")[2]: v for k, v in self._client.key_value_dir_get(f"{_BEATS}/")}
+        for number, beat in beats.items():
+            if number not in seen or seen[number][0] != beat:
+                seen[number] = (beat, now_s)
+            elif now_s - seen[number][1] > self._timeout_s:
+                self._say(
+                    f"process {number} has given no sign of life for {self._timeout_s:g} s: "
+                    f"{_REMEDY}",
+                    1,
+                    dead=int(number),
+                )
+
+    def _listen(self) -> None:
+        while not self._over.is_set():
+            try:
+                words = json.loads(self._client.blocking_key_value_get(_WORDS, _LISTEN_MS))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" in str(error):
+                    continue
+                words = {"by": 0, "message": f"process 0 is gone: {_REMEDY}", "exit_code": 1}
+            ours = words["by"] == self.number and words.get("dead") is None
+            if self._over.is_set() or ours or words["by"] is None:
+                return
+            self._over.set()
+            _write_line(f"meshlm: {words['message']}")
+            self._end_after_words(words["exit_code"], dead=words.get("dead"))
+
+    def _end_after_words(self, exit_code: int, *, dead: int | None) -> None:
+        """Ends this process; process 0, which the others hear through, as the last one."""
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_HEARD}/{self.number}", "")
+        until_s = time.monotonic() + _LINGER_S
+        living = self.count - (dead is not None)
+        while self.number == 0 and time.monotonic() < until_s:
+            with contextlib.suppress(Exception):
+                if len(self._client.key_value_dir_get(f"{_HEARD}/")) >= living:
+                    break
+            time.sleep(0.05)
+        _exit(exit_code)
+
+
+def _write_line(text: str) -> None:
+    # Not through sys.stderr: the thread that is stuck may hold its lock.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def _exit(exit_code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(exit_code)
