@@ -165,10 +165,10 @@ class _Reader:
             named = _with_where(inside.exchanges, _where(instruction))
             # What is inside of a fusion stays on the chip; its own ends are counted above.
             found.add(_Totals(inside.flops, 0.0, named))
-        elif instruction.op in ("call", "async-start"):
-            found.add(
-                self._called(instruction, "to_apply" if instruction.op == "call" else "calls")
-            )
+        elif instruction.op in ("call", "call-start"):
+            found.add(self._called(instruction, "to_apply"))
+        elif instruction.op == "async-start":
+            found.add(self._called(instruction, "calls"))
         elif instruction.op == "conditional":
             found.add(self._longest_branch(instruction))
 

@@ -22,7 +22,7 @@ _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|iota|"
     r"partition-id|replica-id|opt-barrier|domain|add-dependency|get-dimension-size|"
-    r"async-start|async-update|[\w-]+-done"
+    r"call-start|async-start|[\w-]+-(update|done)"
 )
 _FREE_CALLS = re.compile(
     r'custom_call_target="(?:AllocateBuffer|ConcatBitcast|Sharding|AsyncCollective\w+|'
@@ -208,9 +208,12 @@ def memory_bytes(instruction: Instruction, computation: Computation, text: Text)
         operands = [instruction.results]
     elif op == "dynamic-update-slice":
         return 2.0 * sum(a.bytes for a in operands[1])
-    elif op == "copy-start":
-        source, target = operands[0][0], instruction.results[0]
-        return float(source.bytes * (source.space == 0) + target.bytes * (target.space == 0))
+    elif op in ("copy-start", "slice-start", "dynamic-slice-start"):
+        # Copies that go on beside other work: (target, source, ...) or (source, target, ...).
+        source, target = operands[0][0], instruction.results[op != "copy-start"]
+        return float(target.bytes * ((source.space == 0) + (target.space == 0)))
+    elif op in ("all-gather-start", "collective-permute-start"):
+        operands = []  # the results hold them
     arrays = [array for group in [*operands, instruction.results] for array in group]
     return float(sum(array.bytes for array in arrays if array.space == 0))
 
