@@ -1,10 +1,16 @@
-"""The templates for servers, and the page about running one: what they name is there."""
+"""The templates for servers and for training on many machines: what they name is there."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,8 @@ import httpx
 import pytest
 import yaml
 
+from meshlm.core import processes
+from meshlm.core.errors import BadInputError, BusyError, UsageError
 from meshlm.serving.config import Limits
 from meshlm.serving.metrics import FINISHED, REJECTED, Metrics
 
@@ -121,3 +129,207 @@ def test_the_page_has_every_metric():
     assert told == names
     for reason in (*FINISHED, *REJECTED):
         assert f"`{reason}`" in PAGE
+
+
+# Training on many machines.
+
+TRAIN_FLAGS = (ROOT / "tests" / "golden" / "flags" / "train.txt").read_text()
+TRAIN_OPTIONS = set(re.findall(r"^(--[\w.-]+)", TRAIN_FLAGS, re.MULTILINE))
+TRAIN_TEMPLATES = (
+    "train-slurm.sh",
+    "train-jobset.yaml",
+    "train-cloud-tpu.sh",
+    "train-skypilot.yaml",
+    "train-hosts.sh",
+    "train_ray.py",
+)
+VARIABLES = {processes._ADDRESS, processes._COUNT, processes._NUMBER}
+# The exit codes that a restart cannot better, and that of a run that was told to stop.
+HOPELESS = {UsageError.exit_code, BadInputError.exit_code}
+STOPPED = 75
+
+
+def options_of_training(text: str) -> set[str]:
+    """Every option that stands with `meshlm train`: those with `=` or with a dot."""
+    return set(re.findall(r"(?<![\w-])(--[a-z][\w-]*(?:\.[a-z]+)?)=[^\s\"]", text))
+
+
+@pytest.mark.parametrize("name", TRAIN_TEMPLATES)
+def test_options_of_training_in_a_template_exist(name):
+    text = (LAUNCH / name).read_text()
+    # Those of the scheduler's own commands.
+    foreign = {"--cluster", "--workload", "--tpu-type", "--docker-image", "--max-restarts"}
+    foreign |= {"--command", "--zone", "--worker", "--kill-on-bad-exit"}
+    foreign |= set(re.findall(r"^#SBATCH (--[\w-]+)", text, re.MULTILINE))
+    used = options_of_training(text) - foreign
+    assert {"--run", "--data", "--batch-size", "--mesh.data"} <= used
+    assert used <= TRAIN_OPTIONS
+
+
+@pytest.mark.parametrize("name", [n for n in TRAIN_TEMPLATES if n.endswith(".sh")])
+def test_the_scripts_are_bash(name):
+    assert os.access(LAUNCH / name, os.X_OK)
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+
+
+@pytest.mark.parametrize("name", ["train-jobset.yaml", "train-skypilot.yaml", "train-hosts.sh"])
+def test_processes_are_told_where_they_are(name):
+    text = (LAUNCH / name).read_text()
+    assert set(re.findall(r"JAX_[A-Z_]*[A-Z]", text)) == VARIABLES
+    # Only in words: JAX reads these schedulers' own variables.
+    for other in ("train-slurm.sh", "train-cloud-tpu.sh"):
+        assert "JAX_" not in (LAUNCH / other).read_text()
+
+
+def test_the_jobset():
+    jobset, policy = yaml.safe_load_all((LAUNCH / "train-jobset.yaml").read_text())
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {v["name"]: v for v in container["env"]}
+    assert job["completionMode"] == "Indexed"
+    assert job["parallelism"] == job["completions"]
+    assert variables["JAX_NUM_PROCESSES"]["value"] == str(job["completions"])
+    # <jobset>-<job>-<index of the job>-<index of the pod>.<subdomain>
+    name = jobset["metadata"]["name"]
+    host, port = variables["JAX_COORDINATOR_ADDRESS"]["value"].split(":")
+    subdomain = jobset["spec"]["network"]["subdomain"]
+    assert host == f"{name}-{replicated['name']}-0-0.{subdomain}"
+    assert int(port) == container["ports"][0]["containerPort"]
+    # A pod that ends makes all start again, but for what would come again.
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert set(rule["onExitCodes"]["values"]) == HOPELESS
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 1
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    labels = job["template"]["metadata"]["labels"]
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+
+
+def test_the_skypilot_task():
+    text = (LAUNCH / "train-skypilot.yaml").read_text()
+    task = yaml.safe_load(text)
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [STOPPED]
+    told = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_NODE_RANK": "1"}
+    told |= {"SKYPILOT_NUM_NODES": "2", "PATH": os.environ["PATH"]}
+    run = task["run"].partition("exec meshlm")[0] + "env"
+    found = subprocess.run(
+        ["bash", "-c", run], env=told, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476" in found
+    assert "JAX_NUM_PROCESSES=2" in found
+    assert "JAX_PROCESS_ID=1" in found
+
+
+def test_the_slurm_job(tmp_path):
+    """The end of a job, with a `srun` and a `scontrol` that only say that they were called."""
+    text = (LAUNCH / "train-slurm.sh").read_text()
+    for line in ("--requeue", "--signal=TERM@300", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in text
+    for name, code in (("srun", '"exit $CODE"'), ("scontrol", '"echo $@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\neval {code}\n")
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "job.sh"
+    # The names to fill in are no shell.
+    script.write_text(text.replace("<", "").replace(">", "").replace("shared folder", "shared"))
+
+    def end(code: int, restarts: int = 0) -> tuple[int, str]:
+        variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code)}
+        variables |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+        ran = subprocess.run(["bash", script], env=variables, capture_output=True, text=True)
+        return ran.returncode, ran.stdout.strip()
+
+    assert end(0) == (0, "")
+    assert end(STOPPED) == (STOPPED, "requeue 7")
+    assert end(STOPPED, restarts=100) == (STOPPED, "")
+    assert end(1) == (1, "")
+
+
+# A host is a shell here, and `meshlm` tells what it was given.
+FAKE_SSH = """#!/bin/sh
+shift
+exec sh -c "$1"
+"""
+FAKE_MESHLM = r"""#!{python}
+import os, signal, sys, time
+me = int(os.environ["JAX_PROCESS_ID"])
+def stop(*_):
+    os.write(1, f"saved {{me}}\n".encode())
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+address, count = os.environ["JAX_COORDINATOR_ADDRESS"], os.environ["JAX_NUM_PROCESSES"]
+os.write(1, " ".join(["began", str(me), address, count, *sys.argv[1:]]).encode() + b"\n")
+if "--wait" in sys.argv:
+    time.sleep(60)
+sys.exit(3 * me)
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Starts the script for hosts, with the two fakes."""
+    for name, text in (("ssh", FAKE_SSH), ("meshlm", FAKE_MESHLM.format(python=sys.executable))):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    started = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        variables = {"SSH": str(tmp_path / "ssh"), "MESHLM": shlex.quote(str(tmp_path / "meshlm"))}
+        process = subprocess.Popen(
+            [LAUNCH / "train-hosts.sh", "one,two,three", *options],
+            env=os.environ | variables | {"PORT": "4711"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_hosts_get_their_numbers_and_the_options_as_they_were(hosts):
+    process = hosts("--sample-prompts", "it's $HOME and", '"two"')
+    lines = process.communicate(timeout=30)[0].splitlines()
+    words = 'one:4711 3 train --sample-prompts it\'s $HOME and "two"'
+    assert sorted(lines) == [f"began {number} {words}" for number in range(3)]
+    assert process.returncode == 6  # the worst of 0, 3 and 6
+
+
+def test_hosts_stop_when_the_script_is_told_to(hosts):
+    process = hosts("--wait")
+    for _ in range(3):
+        assert process.stdout.readline().startswith("began")
+    began_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    lines = process.communicate(timeout=30)[0].splitlines()
+    assert sorted(lines) == ["saved 0", "saved 1", "saved 2"]
+    assert process.returncode == STOPPED
+    assert time.monotonic() - began_s < 20
+
+
+def test_hosts_stop_when_the_script_is_gone(hosts):
+    process = hosts("--wait")
+    for _ in range(3):
+        assert process.stdout.readline().startswith("began")
+    process.kill()
+    assert sorted(process.stdout.read().splitlines()) == ["saved 0", "saved 1", "saved 2"]
+
+
+def test_the_ray_template_for_training():
+    tree = ast.parse((LAUNCH / "train_ray.py").read_text())
+    constants = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert set(constants["NO_USE_TO_TRY_AGAIN"]) == HOPELESS
+    assert BusyError.exit_code not in HOPELESS  # the last start may not have ended yet
+    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert words >= VARIABLES
