@@ -37,13 +37,14 @@ LEVELS = {
 }
 # Neighbours that know each other: a step is what an optimizer does to a state, the demo and the
 # comparison are written on what every user has, a conversion reads and writes checkpoints and
-# tokenizers.
+# tokenizers, a run is checked against its plan.
 NEIGHBOURS = {
     ("step", "optim"),
     ("demo", "api"),
     ("comparison", "api"),
     ("conversion", "data"),
     ("conversion", "checkpoint"),
+    ("training", "planning"),
 }
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "manager")
 # Pure rooms: no file, network or log.

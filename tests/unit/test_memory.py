@@ -82,4 +82,4 @@ def test_what_more_devices_parts_and_recomputation_do():
 def test_the_least_is_less(remat, accumulate):
     for mesh in ({}, {"data": 32, "model": 8}, {"data": 256}):
         setup = setup_of(remat=remat, accumulate=accumulate, batch_size=1024, **mesh)
-        assert 0 < least_memory(setup) < estimate_memory(setup).total_bytes
+        assert 0 < sum(least_memory(setup)) < estimate_memory(setup).total_bytes

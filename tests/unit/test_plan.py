@@ -223,4 +223,7 @@ def test_the_first_steps_against_the_plan(monkeypatch):
     assert "error +25%" in lines[6]
     assert "error -50%" in lines[6]
     assert PlanCheck(None).add(1.0) is None
-    assert compare(dataclasses.replace(found, prediction=None), 1.0, None) is None
+    line = compare(dataclasses.replace(found, prediction=None), 2.0, None)
+    flops = flops_per_token(GPTJ, 2048) * 2**20 / 256 / 2.0
+    assert "no step is predicted for TPU v3" in line
+    assert f"measured 2 s, {flops / 1e9:,.1f} GFLOP/s a device" in line

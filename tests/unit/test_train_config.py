@@ -14,6 +14,7 @@ from meshlm.core.config import from_dict, to_dict, to_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.model.config import PRESETS
+from meshlm.planning.memory import least_memory
 from meshlm.training import loop
 from meshlm.training.config import (
     _NUMBERS,
@@ -26,7 +27,7 @@ from meshlm.training.config import (
     new_run,
 )
 from meshlm.training.continuing import continued_run, first_difference
-from meshlm.training.memory import check_memory, least_memory_bytes
+from meshlm.training.memory import check_memory, setup_of_run
 from meshlm.training.metrics import NoiseScale
 from meshlm.training.run_folder import parse_config
 from meshlm.training.saved import saved_files, saved_noise
@@ -163,18 +164,20 @@ def test_batch_and_mesh():
 
 def test_memory():
     record = begun(preset="gpt-j-6b", vocab_size=50_400, batch_size=4, seq_len=2048)
-    state, activations = least_memory_bytes(record, MeshConfig(model=2))
-    # Four float32 numbers a parameter; a float32 a logit and a residual of each of 28 layers.
-    assert state == 16 * 6_050_882_784
-    assert activations == 4 * 4 * 2048 * (50_400 + 28 * 4096)
-    assert least_memory_bytes(record, MeshConfig(replica=2))[0] == 2 * state
-    # Adafactor has no moments as large as the weights.
+    setup = setup_of_run(record, MeshConfig(replica=2), None)
+    assert (setup.step, setup.batch_size) == (record.step_config(None, MeshConfig()), 4)
+    state, activations = least_memory(setup)
+    # Four float32 numbers a parameter and the batch; a float32 a residual of each of 28 layers and
+    # the logits of a chunk, of the two rows of a device.
+    assert state == 16 * 6_050_882_784 + 2 * 3 * 4 * 2048
+    assert activations == 4 * (2 * 2048 * 28 * 4096 + 512 * 50_400)
+    # Adafactor has no moments as large as the weights: rows and columns of them.
     lean = begun(preset="gpt-j-6b", vocab_size=50_400, optimizer="adafactor")
-    assert least_memory_bytes(lean, MeshConfig())[0] == 8 * 6_050_882_784
-    assert least_memory_bytes(record, MeshConfig())[1] <= activations
+    lean_state = least_memory(setup_of_run(lean, MeshConfig(), None))[0]
+    assert 8 * 6_050_882_784 < lean_state < 8.02 * 6_050_882_784
     check_memory(begun(preset="test"), MeshConfig())
     for huge in ({"preset": "23b"}, {"preset": "test", "batch_size": 2**31 - 1}):
-        with pytest.raises(UsageError, match="GB of memory"):
+        with pytest.raises(UsageError, match="GB of memory a device"):
             check_memory(begun(**huge), MeshConfig())
 
 

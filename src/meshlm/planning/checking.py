@@ -42,27 +42,32 @@ def check_here(setup: Setup) -> PlanCheck:
     return PlanCheck(plan)
 
 
-def compare(plan: Plan, step_s: float, peak_bytes: int | None) -> str | None:
-    """Returns a line on the prediction's error; None where nothing can be compared.
+def compare(plan: Plan, step_s: float, peak_bytes: int | None) -> str:
+    """Returns a line on the prediction's errors, or on what was measured where none was made.
 
     Args:
         plan: by formula or by the compiler.
         step_s: the measured seconds of a step.
         peak_bytes: the most of a device's memory that was in use; None where it is not told.
     """
-    parts = []
-    if plan.prediction is not None:
+    if plan.prediction is None:
+        pace = plan.model_flops / step_s
+        parts = [
+            f"no step is predicted for {plan.topology.device_kind}, of which no data sheet is "
+            f"known; measured {step_s:.3g} s, {pace / 1e9:,.1f} GFLOP/s a device"
+        ]
+    else:
         predicted_s = plan.prediction.step_s
-        parts.append(
+        parts = [
             f"step predicted {predicted_s:.3g} s, measured {step_s:.3g} s "
             f"({_error(predicted_s, step_s)})"
-        )
+        ]
     if peak_bytes:
         parts.append(
             f"memory predicted {plan.peak_bytes / 1e9:.2f} GB a device, measured "
             f"{peak_bytes / 1e9:.2f} GB ({_error(plan.peak_bytes, peak_bytes)})"
         )
-    return f"plan: {'; '.join(parts)}" if parts else None
+    return f"plan: {'; '.join(parts)}"
 
 
 def _error(predicted: float, measured: float) -> str:

@@ -180,15 +180,15 @@ def _embedding_bytes(setup: Setup) -> int:
     return 2 * _FLOAT * elements(table, setup, gathered=True)
 
 
-def least_memory(setup: Setup) -> int:
+def least_memory(setup: Setup) -> tuple[int, int]:
     """Returns bytes of one device without which no way to compute the step can do.
 
-    The state, one gradient, the stream before each layer and the logits of a chunk: what needs no
-    more may still not fit.
+    They are (state and one gradient, activations): the stream before each layer and the logits of
+    a chunk. What needs no more may still not fit.
     """
     estimate = estimate_memory(setup)
     model, tokens = setup.step.model, part_tokens(setup)
     vocab = model.vocab_size // setup.mesh.shards(setup.rules.vocab)
     kept = _FLOAT * tokens * model.num_layers * model.d_model
     logits = _FLOAT * min(tokens, CHUNK_ROWS) * vocab
-    return estimate.state_bytes + estimate.weights_bytes + kept + logits
+    return estimate.state_bytes + estimate.weights_bytes, kept + logits

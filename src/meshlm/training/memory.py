@@ -2,34 +2,25 @@
 
 import os
 
-import jax.numpy as jnp
-
 from meshlm.core.errors import UsageError
 from meshlm.core.platform import device_facts
-from meshlm.core.sharding import MeshConfig
-from meshlm.model.params import count_params
-from meshlm.ops import cpu
-from meshlm.ops.loss import CHUNK_ROWS
-from meshlm.optim import OptimizerName
+from meshlm.core.sharding import MeshConfig, current_rules
+from meshlm.model.compute import Remat
+from meshlm.planning.memory import least_memory
+from meshlm.planning.setup import Setup
 from meshlm.training.config import RunConfig
 
-# Weights, gradient and AdamW's two moments, float32 each; adafactor's state is next to nothing.
-_STATE_BYTES: dict[OptimizerName, int] = {"adamw": 16, "adafactor": 8}
-_FLOAT_BYTES = 4
 
-
-def least_memory_bytes(record: RunConfig, mesh: MeshConfig) -> tuple[int, int]:
-    """Returns (bytes of the state and the gradients, bytes of activations) over all devices.
-
-    Of the activations only what every way to compute keeps is counted: the residual stream before
-    each layer, and the logits that exist at once. So what needs no more may still not fit.
-    """
-    model = record.model
-    state = _STATE_BYTES[record.optimizer.name] * count_params(model) * mesh.replica
-    tokens = record.batch_size // record.accumulate * record.seq_len
-    chunked = cpu.is_faster(jnp.dtype(record.compute_dtype)) and mesh.num_devices == 1
-    logits = (min(tokens, CHUNK_ROWS) if chunked else tokens) * model.vocab_size
-    return state, _FLOAT_BYTES * (tokens * model.num_layers * model.d_model + logits)
+def setup_of_run(record: RunConfig, mesh: MeshConfig, remat: Remat | None) -> Setup:
+    """Returns the run's step and how it is split by the rules that are entered."""
+    return Setup(
+        step=record.step_config(remat, mesh),
+        mesh=mesh,
+        sharding=current_rules().name,
+        batch_size=record.batch_size,
+        seq_len=record.seq_len,
+        document_mask=record.document_mask,
+    )
 
 
 def check_memory(record: RunConfig, mesh: MeshConfig) -> None:
@@ -39,15 +30,15 @@ def check_memory(record: RunConfig, mesh: MeshConfig) -> None:
     """
     facts = device_facts()
     if facts.platform == "cpu":  # however many devices there are, they share it
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.num_devices
     elif facts.memory_bytes is not None:
-        there = facts.memory_bytes * mesh.num_devices
+        there = facts.memory_bytes
     else:
         return
-    state, activations = least_memory_bytes(record, mesh)
+    state, activations = least_memory(setup_of_run(record, mesh, None))
     if state + activations > there:
         raise UsageError(
-            f"this run needs more than {(state + activations) / 1e9:,.1f} GB of memory "
+            f"this run needs more than {(state + activations) / 1e9:,.1f} GB of memory a device "
             f"({state / 1e9:,.1f} for weights, optimizer and gradients, {activations / 1e9:,.1f} "
             f"for activations) and {there / 1e9:,.1f} GB are there: choose a smaller --preset or "
             "--batch-size, raise --accumulate, or use more devices"
