@@ -155,8 +155,8 @@ def make_plan(setup: Setup, topology: Topology, *, compile: bool = True) -> Plan
         UsageError: setup and topology do not fit each other, or there is no compiler for it here.
         MeshLMError: the compiler failed.
     """
-    check_setup(setup)
     check_devices(setup, topology)
+    check_setup(setup)
     compiled = compile_setup(setup, topology) if compile and topology.compiles else None
     return Plan(
         setup=setup,
