@@ -97,7 +97,14 @@ def join(config: ProcessConfig) -> None:
         )
     # Each process tells the others of its devices when JAX starts: none may start alone.
     jax.devices()
-    _watch = Watch(_client(), jax.process_index(), jax.process_count(), config.heartbeat_timeout_s)
+    state = _state()
+    _watch = Watch(
+        state.client,
+        state.coordinator_address,
+        jax.process_index(),
+        jax.process_count(),
+        config.heartbeat_timeout_s,
+    )
 
 
 def _place(config: ProcessConfig) -> tuple[str, int, int, Any] | None:
@@ -165,10 +172,14 @@ def _ask_scheduler(
         ) from None
 
 
-def _client() -> Any:
+def _state() -> Any:
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _state().client
 
 
 def is_first() -> bool:

@@ -8,12 +8,17 @@ once, because the main thread may hang for good in a sum over devices that nobod
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 from typing import Any
+
+from meshlm.core.roll_call import split_address
 
 _BEATS, _WORDS, _HEARD, _END = "meshlm/beat", "meshlm/words", "meshlm/heard", "meshlm/end"
 _BEATS_A_TIMEOUT = 6
@@ -24,6 +29,7 @@ _REMEDY = (
     "it was killed, or its machine or network is down; run the same command again to go on from "
     "the last checkpoint"
 )
+_FIRST_IS_GONE = f"process 0 is gone: {_REMEDY}"
 
 
 class Watch:
@@ -31,11 +37,15 @@ class Watch:
 
     Args:
         client: JAX's connection to the coordinator.
+        address: HOST:PORT of the coordinator, which lives in process 0.
         timeout_s: without a sign of life, after which a process counts as dead.
     """
 
-    def __init__(self, client: Any, number: int, count: int, timeout_s: float) -> None:
+    def __init__(
+        self, client: Any, address: str, number: int, count: int, timeout_s: float
+    ) -> None:
         self.number, self.count = number, count
+        self._place = split_address(address)
         self._client, self._timeout_s = client, timeout_s
         self._over = threading.Event()
         self._failed_with: int | None = None
@@ -45,6 +55,8 @@ class Watch:
         ]
         for thread in self._threads:
             thread.start()
+        self._on_abort = _Handler(self._abort)  # kept, for the C library has its address only
+        _set_abort_handler(self._on_abort)
         # For a program that does not say when it leaves. JAX's own handler comes after it.
         atexit.register(self.end)
 
@@ -61,6 +73,7 @@ class Watch:
         if self._failed_with is not None:
             self._over.set()
             self._end_after_words(self._failed_with, dead=None)
+        _set_abort_handler(None)
         with contextlib.suppress(Exception):
             self._client.wait_at_barrier(_END, _END_TIMEOUT_MS)
         self._over.set()
@@ -110,13 +123,34 @@ class Watch:
             except Exception as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
-                words = {"by": 0, "message": f"process 0 is gone: {_REMEDY}", "exit_code": 1}
+                words = {"by": 0, "message": _FIRST_IS_GONE, "exit_code": 1}
             ours = words["by"] == self.number and words.get("dead") is None
             if self._over.is_set() or ours or words["by"] is None:
                 return
             self._over.set()
             _write_line(f"meshlm: {words['message']}")
             self._end_after_words(words["exit_code"], dead=words.get("dead"))
+
+    def _abort(self, number: int) -> None:
+        """Ends the process in place of `abort`, by which JAX ends it when process 0 is gone.
+
+        JAX learns of that at the same moment as `_listen`, and has no gentler way.
+        """
+        if self._over.is_set():  # `_listen` was faster
+            time.sleep(_LINGER_S)
+        elif self.number != 0 and not self._reaches_first():
+            _write_line(f"meshlm: {_FIRST_IS_GONE}")
+        else:
+            _set_abort_handler(None)
+            os.abort()
+        _exit(1)
+
+    def _reaches_first(self) -> bool:
+        try:
+            socket.create_connection(self._place, timeout=1).close()
+        except OSError:
+            return False
+        return True
 
     def _end_after_words(self, exit_code: int, *, dead: int | None) -> None:
         """Ends this process; process 0, which the others hear through, as the last one."""
@@ -130,6 +164,17 @@ class Watch:
                     break
             time.sleep(0.05)
         _exit(exit_code)
+
+
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+def _set_abort_handler(handler: Any) -> None:
+    """Sets what C calls on SIGABRT, None for its default; Python's handlers run too late."""
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    set_handler.restype = ctypes.c_void_p
+    set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p) if handler else None)
 
 
 def _write_line(text: str) -> None:
