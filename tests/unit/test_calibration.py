@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,9 @@ def test_a_block_in_series_costs_more_under_tensor_parallelism():
     parallel = dataclasses.replace(RUNS[2], again=0.0)
     waited = calibrate(parallel).prediction.exposed_s
     assert waited > 0.05 * calibrate(parallel).prediction.step_s
+
+
+def test_the_table_in_the_docs_is_this_one():
+    page = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+    assert calibration_table() in page.read_text()
+    assert f"{prediction.PRODUCT_EFFICIENCY} x peak" in page.read_text()
