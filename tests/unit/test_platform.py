@@ -151,7 +151,15 @@ class Device:
 # Dense bf16 peak of a chip in TFLOP/s, and JAX devices a chip.
 @pytest.mark.parametrize(
     ("kind", "chip_teraflops", "devices_a_chip"),
-    [("TPU v3", 123, 2), ("TPU v4", 275, 1), ("TPU v5 lite", 197, 1), ("TPU v6 lite", 918, 1)],
+    [
+        ("TPU v2", 45, 2),
+        ("TPU v3", 123, 2),
+        ("TPU v4", 275, 1),
+        ("TPU v5 lite", 197, 1),
+        ("TPU v5", 459, 1),
+        ("TPU v6 lite", 918, 1),
+        ("TPU7x", 2307, 2),
+    ],
 )
 def test_the_facts_of_a_tpu(monkeypatch, kind, chip_teraflops, devices_a_chip):
     import jax
@@ -160,6 +168,131 @@ def test_the_facts_of_a_tpu(monkeypatch, kind, chip_teraflops, devices_a_chip):
     facts = platform.device_facts()
     assert (facts.kind, facts.platform, facts.count) == (kind, "tpu", 16)
     assert facts.peak_flops == chip_teraflops * 1e12 / devices_a_chip
+    assert platform.devices_per_chip(kind) == devices_a_chip
+    links = platform.interconnect_of(kind)
+    assert links.links in (4, 6)
+    assert links.link_bytes_per_s is not None
+
+
+def test_of_a_kind_without_a_data_sheet_nothing_is_claimed():
+    facts = platform.facts_of("TPU v99", "tpu", 4)
+    assert (facts.kind, facts.count) == ("TPU v99", 4)
+    assert (facts.peak_flops, facts.bandwidth_bytes_per_s, facts.memory_bytes) == (None,) * 3
+    links = platform.interconnect_of("TPU v99")
+    assert (links.link_bytes_per_s, links.network_bytes_per_s) == (None, None)
+    assert platform.devices_per_chip("TPU v99") == 1
+
+
+# libtpu is there to compile for TPUs that are not.
+
+DEVICES = "import meshlm, jax; print(jax.devices()[0].platform)"
+
+
+def devices_with(code: str = DEVICES, **variables: str) -> subprocess.CompletedProcess[str]:
+    """JAX's devices as a user gets them, who has chosen no platform but in `variables`."""
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, "XLA_FLAGS": "", **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+needs_compiler = pytest.mark.skipif(
+    not platform.has_tpu_compiler(), reason="libtpu is not installed (extra plan)"
+)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform._may_have_tpus(), reason="there are TPUs here")
+def test_the_compiler_for_tpus_is_not_heard_where_there_are_none():
+    finished = devices_with()
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout in ("cpu\n", "gpu\n")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform._may_have_tpus(), reason="there are TPUs here")
+def test_who_chooses_a_platform_has_it():
+    finished = devices_with(JAX_PLATFORMS="tpu")
+    assert finished.returncode != 0  # it is tried, and there are none
+    assert "tpu" in finished.stderr.lower()
+    assert devices_with(JAX_PLATFORMS="cpu").stdout == "cpu\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Pretends a machine's PCI devices, (vendor, class) each, and its device files."""
+
+    def pretend(*pci: tuple[str, str], files: tuple[str, ...] = ()) -> None:
+        for number, (vendor, kind) in enumerate(pci):
+            folder = tmp_path / "pci" / f"0000:00:{number:02}.0"
+            folder.mkdir(parents=True)
+            (folder / "vendor").write_text(vendor + "\n")
+            (folder / "class").write_text(kind + "\n")
+        for name in files:
+            path = tmp_path / "dev" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        monkeypatch.setattr(platform, "_PCI_DEVICES", tmp_path / "pci")
+        monkeypatch.setattr(platform, "_DEVICE_FILES", tmp_path / "dev")
+        monkeypatch.setattr(platform, "has_tpu_compiler", lambda: True)
+        for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(platform, "needed_flags", lambda: ())
+        monkeypatch.setitem(sys.modules, "libtpu", "as it was")  # and restored afterwards
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("pci", "files", "kept"),
+    [
+        ((), (), False),
+        ((("0x8086", "0x020000"), ("0x10de", "0x030200")), ("nvidia0", "vfio/vfio"), False),
+        ((("0x1ae0", "0x020000"),), (), False),  # a network card of Google's
+        ((("0x8086", "0x020000"), ("0x1ae0", "0x120000")), (), True),
+        ((), ("accel0",), True),
+        ((), ("vfio/0",), True),
+    ],
+    ids=["nothing", "nvidia", "gvnic", "pci", "accel", "vfio"],
+)
+def test_libtpu_stays_where_there_may_be_tpus(machine, pci, files, kept):
+    machine(*pci, files=files)
+    platform.configure()
+    assert sys.modules["libtpu"] == ("as it was" if kept else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_PLATFORMS", ""),
+        ("JAX_FORCE_TPU_INIT", "1"),
+        ("TPU_LIBRARY_PATH", "/usr/lib/other/libtpu.so"),
+    ],
+)
+def test_libtpu_stays_where_the_user_has_chosen(machine, monkeypatch, name, value):
+    machine()
+    monkeypatch.setenv(name, value)
+    platform.configure()
+    assert sys.modules["libtpu"] == "as it was"
+
+
+def test_a_path_that_libtpu_has_set_itself_is_no_choice(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/a/site-packages/libtpu/libtpu.so")
+    platform.configure()
+    assert sys.modules["libtpu"] is None
+    assert "TPU_LIBRARY_PATH" not in os.environ
+
+
+@needs_compiler
+@pytest.mark.skipif(platform._may_have_tpus(), reason="there are TPUs here")
+def test_it_is_not_heard_either_where_jax_was_imported_first():
+    finished = devices_with(code="import jax, meshlm; print(jax.devices()[0].platform)")
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,12 @@ def configure() -> None:
     Raises:
         ImportError: JAX runs already, without a flag that this version needs.
     """
-    if has_tpu_compiler() and not (_TPU_CHOICES & os.environ.keys() or _may_have_tpus()):
+    if has_tpu_compiler() and not (_has_chosen_tpus() or _may_have_tpus()):
         # JAX then takes it for not installed. Left to itself it starts it before it looks for other
         # devices, which prints errors and takes time; a list in JAX_PLATFORMS instead would make it
         # fail where one of them cannot be had.
         sys.modules[_TPU_COMPILER] = None  # type: ignore[assignment]
+        os.environ.pop(_TPU_LIBRARY, None)
     words = os.environ.get("XLA_FLAGS", "").split()
     missing = [
         flag for flag in needed_flags() if not any(w.split("=")[0] == flag.name for w in words)
@@ -87,8 +88,7 @@ def configure() -> None:
 
 
 _TPU_COMPILER = "libtpu"
-# Who sets one of these has chosen.
-_TPU_CHOICES = {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"}
+_TPU_LIBRARY = "TPU_LIBRARY_PATH"
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _DEVICE_FILES = Path("/dev")
 _GOOGLE, _NETWORK = "0x1ae0", "0x02"
@@ -97,6 +97,15 @@ _GOOGLE, _NETWORK = "0x1ae0", "0x02"
 def has_tpu_compiler() -> bool:
     """True where libtpu is installed, which compiles for TPUs and drives them."""
     return importlib.machinery.PathFinder.find_spec(_TPU_COMPILER) is not None
+
+
+def _has_chosen_tpus() -> bool:
+    """True where the environment says what JAX shall do with TPUs."""
+    if {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"} & os.environ.keys():
+        return True
+    # Importing libtpu names its own library there, and a child inherits that: it is no choice.
+    named = os.environ.get(_TPU_LIBRARY)
+    return named is not None and Path(named).parent.name != _TPU_COMPILER
 
 
 def _may_have_tpus() -> bool:
