@@ -143,10 +143,11 @@ class _Processes:
 
     def _read(self, number: int, stream: IO[str], shown: TextIO | None) -> None:
         def read() -> None:
-            for line in stream:
-                if shown is not None:
-                    with self._lock:
-                        print(f"[{number}] {line}", end="", file=shown, flush=True)
+            with stream:
+                for line in stream:
+                    if shown is not None:
+                        with self._lock:
+                            print(f"[{number}] {line}", end="", file=shown, flush=True)
 
         self._readers.append(threading.Thread(target=read, daemon=True))
         self._readers[-1].start()

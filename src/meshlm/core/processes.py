@@ -9,56 +9,25 @@ In a run of one process everything here does nothing and costs nothing.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.core.errors import MeshLMError
+from meshlm.core.place import ProcessConfig, find_place
 from meshlm.core.roll_call import call_roll
 from meshlm.core.watch import Watch
 
 T = TypeVar("T")
 
-_ADDRESS, _COUNT, _NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Environments of several processes that JAX knows: the variables that are there in each of them.
-_SCHEDULERS = (
-    ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
-)
 _LONG_MS = 24 * 60 * 60 * 1000
 _LAG_STEPS = 3
 
 _watch: Watch | None = None
 _agreed: BaseException | None = None
 _meetings = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessConfig:
-    """How the processes of a run find each other; left out, the environment or scheduler says."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes train together. [JAX_COORDINATOR_ADDRESS]"""
-    num_processes: int | None = None
-    """Processes that train together. [JAX_NUM_PROCESSES, or what the scheduler says; 1]"""
-    process_id: int | None = None
-    """This process's number, from 0. [JAX_PROCESS_ID, or what the scheduler says]"""
-    join_timeout_s: int = 300
-    """Seconds to wait at the start for the other processes."""
-    heartbeat_timeout_s: int = 60
-    """Seconds without a sign of life after which a process counts as dead and all end."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("join_timeout_s", 1), ("heartbeat_timeout_s", 5)):
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more"
-                )
 
 
 def join(config: ProcessConfig) -> None:
@@ -77,7 +46,7 @@ def join(config: ProcessConfig) -> None:
     if _watch is not None:
         return
     if not jax.distributed.is_initialized():
-        place = _place(config)
+        place = find_place(config)
         if place is None:
             return
         address, count, number, devices = place
@@ -105,71 +74,6 @@ def join(config: ProcessConfig) -> None:
         jax.process_count(),
         config.heartbeat_timeout_s,
     )
-
-
-def _place(config: ProcessConfig) -> tuple[str, int, int, Any] | None:
-    """Returns (address, number of processes, this one's number, its devices), or None for one."""
-    address = config.coordinator or os.environ.get(_ADDRESS) or None
-    count = _whole("--num-processes", config.num_processes, _COUNT)
-    number = _whole("--process-id", config.process_id, _NUMBER)
-    devices = None
-    if None in (address, count, number) and _is_scheduled():
-        address, count, number, devices = _ask_scheduler(address, count, number, config)
-    given = {"--coordinator": address, "--num-processes": count, "--process-id": number}
-    missing = [option for option, value in given.items() if value is None]
-    if len(missing) == 3 or count == 1:
-        return None
-    if missing:
-        there = ", ".join(option for option in given if option not in missing)
-        raise UsageError(
-            f"{' and '.join(missing)} missing beside {there}: give all three, as options or as "
-            f"{_ADDRESS}, {_COUNT} and {_NUMBER}"
-        )
-    assert address is not None
-    assert count is not None
-    assert number is not None
-    if count < 1 or not 0 <= number < count:
-        raise UsageError(
-            f"--process-id {number} of --num-processes {count}: give 0 to {max(0, count - 1)}"
-        )
-    return address, count, number, devices
-
-
-def _whole(option: str, given: int | None, variable: str) -> int | None:
-    text = os.environ.get(variable, "")
-    if given is not None or not text:
-        return given
-    if not text.isdigit():
-        raise UsageError(f"{variable}={text} is no number: correct it, or give {option}")
-    return int(text)
-
-
-def _is_scheduled() -> bool:
-    """Returns whether a scheduler that JAX knows has started this process as one of several."""
-    from jax._src import cloud_tpu_init
-
-    sizes = (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE"))
-    if cloud_tpu_init.running_in_cloud_tpu_vm:
-        return True
-    return "1" not in sizes and any(all(v in os.environ for v in known) for known in _SCHEDULERS)
-
-
-def _ask_scheduler(
-    address: str | None, count: int | None, number: int | None, config: ProcessConfig
-) -> tuple[str | None, int | None, int | None, Any]:
-    """Returns the place with what JAX's own detection adds to it."""
-    from jax._src import clusters
-
-    try:
-        return clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            address, count, number, None, None, config.join_timeout_s
-        )
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise MeshLMError(
-            f"the scheduler does not say who trains together ({reason}): give --coordinator, "
-            "--num-processes and --process-id"
-        ) from None
 
 
 def _state() -> Any:
@@ -276,16 +180,16 @@ class Stop:
         client = _client()
         if told is not None and not self._told:
             self._told = True
-            with contextlib.suppress(_no_such_key()):  # another one was first
+            with contextlib.suppress(_jax_error()):  # another one was first
                 client.key_value_set("meshlm/stop", f"{step + _LAG_STEPS} {told}")
         try:
             last, code = client.key_value_try_get("meshlm/stop").split()
-        except _no_such_key():
+        except _jax_error():
             return None
         return int(code) if step >= int(last) else None
 
 
-def _no_such_key() -> type[Exception]:
+def _jax_error() -> type[Exception]:
     import jax
 
     return jax.errors.JaxRuntimeError
@@ -302,6 +206,8 @@ def say_failed(error: BaseException) -> None:
     """Tells the others that this process ends with `error`, so that none waits for it."""
     if _watch is None or error is _agreed:
         return
+    if isinstance(error, _jax_error()):  # what an exchange raises whose other end is gone
+        _watch.blame_the_silent()
     _watch.say_failed(_line_of(error), _code_of(error))
 
 

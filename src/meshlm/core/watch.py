@@ -47,6 +47,7 @@ class Watch:
         self.number, self.count = number, count
         self._place = split_address(address)
         self._client, self._timeout_s = client, timeout_s
+        self._pause_s = timeout_s / _BEATS_A_TIMEOUT
         self._over = threading.Event()
         self._failed_with: int | None = None
         self._threads = [
@@ -64,6 +65,19 @@ class Watch:
         """Tells all why this process ends. The first that speaks is heard."""
         self._failed_with = exit_code
         self._say(f"process {self.number}: {reason}", exit_code, dead=None)
+
+    def blame_the_silent(self) -> None:
+        """Ends all, with its number, where a process gives no sign of life; returns if none does.
+
+        For an exchange between devices that has failed: it does not say whose end was missing.
+        """
+        before = self._beats()
+        time.sleep(2.5 * self._pause_s)
+        now = self._beats()
+        silent = [n for n, beat in now.items() if n != str(self.number) and beat == before[n]]
+        if silent:
+            self._say_dead(int(silent[0]), 2.5 * self._pause_s)
+            self._threads[1].join()  # which hears it too, and ends this process
 
     def end(self) -> None:
         """Returns when every process has come here; ends this one at once where it has failed."""
@@ -90,7 +104,6 @@ class Watch:
             self._client.key_value_set(_WORDS, json.dumps(words))
 
     def _beat(self) -> None:
-        pause_s = self._timeout_s / _BEATS_A_TIMEOUT
         seen: dict[str, tuple[str, float]] = {}
         for beat in range(sys.maxsize):
             # Who cannot reach the coordinator is told so in `_listen`.
@@ -98,23 +111,27 @@ class Watch:
                 self._client.key_value_set(f"{_BEATS}/{self.number}", str(beat), True)
                 if self.number == 0:
                     self._look_around(seen)
-            if self._over.wait(pause_s):
+            if self._over.wait(self._pause_s):
                 return
 
     def _look_around(self, seen: dict[str, tuple[str, float]]) -> None:
         now_s = time.monotonic()
-        beats = {str(n): "" for n in range(self.count)}
-        beats |= {k.rpartition("/")[2]: v for k, v in self._client.key_value_dir_get(f"{_BEATS}/")}
-        for number, beat in beats.items():
+        for number, beat in self._beats().items():
             if number not in seen or seen[number][0] != beat:
                 seen[number] = (beat, now_s)
             elif now_s - seen[number][1] > self._timeout_s:
-                self._say(
-                    f"process {number} has given no sign of life for {self._timeout_s:g} s: "
-                    f"{_REMEDY}",
-                    1,
-                    dead=int(number),
-                )
+                self._say_dead(int(number), self._timeout_s)
+
+    def _beats(self) -> dict[str, str]:
+        """Returns the last sign of life of each process by its number."""
+        found = self._client.key_value_dir_get(f"{_BEATS}/")
+        return {str(n): "" for n in range(self.count)} | {
+            key.rpartition("/")[2]: beat for key, beat in found
+        }
+
+    def _say_dead(self, number: int, silent_s: float) -> None:
+        text = f"process {number} has given no sign of life for {silent_s:.3g} s: {_REMEDY}"
+        self._say(text, 1, dead=number)
 
     def _listen(self) -> None:
         while not self._over.is_set():

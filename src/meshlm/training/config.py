@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes
 
 from meshlm.core.config import from_dict
 from meshlm.core.errors import UsageError
-from meshlm.core.processes import ProcessConfig
+from meshlm.core.place import ProcessConfig
 from meshlm.core.sharding import MeshConfig, current_rules
 from meshlm.model.compute import Remat, choose_compute
 from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
