@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -15,11 +16,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from meshlm import checkpoint
 from meshlm.checkpoint import disk
+from meshlm.training import loop
 from runs import SMALL, arrays, assert_same_run, lines, one_line, repeatable, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)
@@ -435,3 +439,89 @@ def test_a_full_disk_is_lines_and_not_traces(cli, compiled, store, tmp_path):
     assert "step 4: checkpoint of step 2 was not saved" in done.stdout
     assert len(lines(tmp_path / "run")) == 6
     assert checkpoint.complete_steps(tmp_path / "run" / "checkpoints") == []
+
+
+# Memory.
+
+
+def test_a_device_without_memory_is_a_line_with_the_plans_numbers(
+    meshlm, store, tmp_path, monkeypatch
+):
+    command = ("train", *SMALL, "--data", store, "--steps", "6", "--checkpoint-every", "2")
+    assert meshlm(*command, "--run", tmp_path / "straight")[0] == 0
+    compiled_step = loop.compile_train_step
+
+    def compile_and_fail_at_5(config):
+        step, calls = compiled_step(config), []
+
+        def run(state, batch):
+            calls.append(state)
+            if len(calls) == 5:
+                jax.jit(lambda: jnp.zeros(1 << 45, jnp.int8) + 1)()
+            return step(state, batch)
+
+        return run
+
+    monkeypatch.setattr(loop, "compile_train_step", compile_and_fail_at_5)
+    run = tmp_path / "run"
+    code, _, err = meshlm(*command, "--run", run)
+    assert code == 1
+    assert re.search(r"out of memory on cpu .* needs [0-9.]+ GB .* --remat full", one_line(err))
+    assert checkpoint.complete_steps(run / "checkpoints") == [2, 4]
+    incidents = (run / "incidents.jsonl").read_text()
+    assert "out of memory" in incidents
+    monkeypatch.setattr(loop, "compile_train_step", compiled_step)
+    code, out, _ = meshlm(*command, "--run", run)
+    assert code == 0
+    assert "resumed from" in out
+    assert_same_run(run, tmp_path / "straight", 6)
+
+
+# Views of a run.
+
+
+def test_a_run_without_its_views_loses_nothing(meshlm, run, run_of_10, tmp_path, caplog):
+    """What TensorBoard and the report want to write to cannot be written: the truth is whole."""
+    shutil.copytree(run, tmp_path / "with")
+    more = ("--steps", "13", "--sample-every", "0")
+    assert meshlm("train", "--run", tmp_path / "with", *more)[0] == 0
+    shutil.rmtree(run / "tensorboard")
+    (run / "tensorboard").write_text("in the way")
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    caplog.clear()
+    code, _, err = meshlm("train", "--run", run, *more)
+    assert code == 0, err
+    assert caplog.text.count("TensorBoard events stop here") == 1
+    warned = [r.getMessage() for r in caplog.records if "report.html" in r.getMessage()]
+    assert len(warned) == 1
+    assert warned[0].startswith("the report cannot be written (")
+    assert_same_run(run, tmp_path / "with", 13)
+
+
+# The other optimizer.
+
+
+def test_adafactor_stopped_and_run_again(meshlm, store, tmp_path):
+    command = ("train", *SMALL, "--data", store, "--optimizer", "adafactor", "--warmup-steps", "1")
+    every = ("--checkpoint-every", "3", "--eval-every", "3", "--sample-every", "0")
+    command = (*command, "--anneal-steps", "20", *every)
+    assert meshlm(*command, "--run", tmp_path / "straight", "--steps", "6")[0] == 0
+    run = tmp_path / "run"
+    assert meshlm(*command, "--run", run, "--steps", "3")[0] == 0
+    assert meshlm("train", "--run", run, "--steps", "6", *every)[0] == 0
+    assert_same_run(run, tmp_path / "straight", 6)
+    step = run / "checkpoints" / "step_6"
+    kept = arrays(step)
+    assert {name.split(".")[1] for name in kept if name.startswith("optimizer.")} == {"adafactor"}
+    assert lines(run)[-1]["loss"] < lines(run)[0]["loss"]
+    code, _, err = meshlm("train", "--run", run, "--optimizer", "adamw")
+    assert code == 2
+    assert "--optimizer was adafactor" in one_line(err)
+    # Other runs begin with its weights, and cannot go on with Adam's moments that it has not.
+    words = ("train", *SMALL[2:], "--data", store, "--run", tmp_path / "other", "--steps", "1")
+    code, _, err = meshlm(*words, "--resume-from", step)
+    assert code == 2
+    assert "no moments of Adam" in one_line(err)
+    assert meshlm(*words, "--init", step)[0] == 0
+    assert meshlm("verify", run)[0] == 0

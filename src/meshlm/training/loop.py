@@ -27,6 +27,7 @@ from meshlm.data.loader import BatchSource
 from meshlm.data.store import TokenStore
 from meshlm.model.flops import flops_per_token, mfu
 from meshlm.model.params import count_params
+from meshlm.planning.checking import check_here
 from meshlm.step import (
     StepBatch,
     StepMetrics,
@@ -38,8 +39,10 @@ from meshlm.training.announcing import announce
 from meshlm.training.batches import local_rows, to_device
 from meshlm.training.config import RunConfig, TrainConfig
 from meshlm.training.continuing import first_difference
+from meshlm.training.memory import setup_of_run
 from meshlm.training.metrics import NoiseScale, update_noise_scale
 from meshlm.training.origin import first_state
+from meshlm.training.out_of_memory import told_out_of_memory
 from meshlm.training.output import RunOutput
 from meshlm.training.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -129,6 +132,7 @@ class _Run:
             document_mask=record.document_mask,
         )
         self.step_config = record.step_config(config.remat, config.mesh)
+        self.setup = setup_of_run(record, config.mesh, config.remat)
         self.validator = Validator(stores, record, self.step_config, mesh, config.eval_tokens)
         self.abstract = abstract_state(self.step_config, mesh)
         self.checkpoints = config.run / CHECKPOINTS_FOLDER
@@ -140,13 +144,15 @@ class _Run:
         facts = device_facts()
         devices = config.mesh.num_devices
         self.peak_flops = None if facts.peak_flops is None else facts.peak_flops * devices
+        self.plan_check = check_here(self.setup)
         self.last_line: dict[str, Any] = {}
         self.last_done_s = 0.0
         self.passed_over: str | None = None
 
     def train(self) -> TrainResult:
         """Restores or begins, trains to the end, and leaves a report."""
-        state, start = self._restore()
+        with told_out_of_memory(self.setup):
+            state, start = self._restore()
         if start > self.record.steps:
             raise UsageError(
                 f"--steps {self.record.steps} is less than the {start} steps that the run "
@@ -163,7 +169,8 @@ class _Run:
             announce(self.output, self.config, self.record, self.step_config, self.source, start)
             self._say_what_was_before(start)
             try:
-                step = self._loop(state, start, signals)
+                with told_out_of_memory(self.setup):
+                    step = self._loop(state, start, signals)
             except BaseException as error:
                 processes.say_failed(error)  # before anything here waits for the others
                 self._note(error, start)
@@ -294,6 +301,8 @@ class _Run:
     def _write_line(self, step: int, values: dict[str, Any]) -> None:
         self.last_line = {"step": step, **values}
         self.output.line(step, values)
+        if told := self.plan_check.add(values["step_s"]):
+            self.output.say(told)
 
     def _line(self, pending: "_Pending", metrics: StepMetrics) -> dict[str, Any]:
         done_s = time.monotonic() if pending.done_s is None else pending.done_s

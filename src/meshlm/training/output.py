@@ -1,6 +1,11 @@
-"""What a run shows and writes beside its checkpoints; of several processes, the first alone."""
+"""What a run shows and writes beside its checkpoints; of several processes, the first alone.
 
-from collections.abc import Mapping, Sequence
+Metrics are the truth and end the run where they cannot be written. The rest are views of it: a view
+that cannot be written is told of once, and the run goes on.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +17,8 @@ from meshlm.training.metrics import MetricsLog
 from meshlm.training.progress import TrainingProgress
 from meshlm.training.report import write_report
 from meshlm.training.run_folder import add_incident, write_samples
+
+_log = logging.getLogger(__name__)
 
 
 class RunOutput:
@@ -26,6 +33,7 @@ class RunOutput:
             MeshLMError: metrics.jsonl cannot be written.
         """
         self._run, self._parts = run, None
+        self._unwritable: set[str] = set()
         if is_first():
             log = MetricsLog(run, resume_step=None if begins else start)
             self._parts = log, TrainingProgress(run, console, start=start, total=total)
@@ -54,7 +62,7 @@ class RunOutput:
     def incident(self, step: int, kind: str, message: str) -> None:
         """Keeps an incident."""
         if self._parts is not None:
-            add_incident(self._run, step, kind, message)
+            self._write("incidents", lambda: add_incident(self._run, step, kind, message))
 
     def line(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes and shows a step's line of metrics."""
@@ -75,11 +83,19 @@ class RunOutput:
         """Writes the samples of a step, and shows the first."""
         if self._parts is None:
             return
-        write_samples(self._run, step, samples)
+        self._write("samples", lambda: write_samples(self._run, step, samples))
         prompt, text = samples[0]
         self.say(f"step {step}: {(prompt + text)!r}")
 
     def report(self) -> None:
         """Writes report.html anew."""
         if self._parts is not None:
-            write_report(self._run)
+            self._write("the report", lambda: write_report(self._run))
+
+    def _write(self, what: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if what not in self._unwritable:
+                _log.warning("%s cannot be written (%s): training goes on", what, error)
+            self._unwritable.add(what)
