@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 
 import tiny
 from meshlm import checkpoint
-from meshlm.checkpoint import Checkpointer
+from meshlm.checkpoint import Checkpointer, restoring
+from meshlm.conversion import native
 from meshlm.conversion.native import find_checkpoint, is_native, open_native, read_model
 from meshlm.conversion.native_target import NativeTarget
 from meshlm.conversion.opening import open_source, read_model_config
@@ -108,6 +110,54 @@ def test_a_run_gives_its_newest_good_step_and_its_moments(tmp_path):
     part = next(source.parts("mu", [1]))
     assert part.raw[2] == "mu/blocks.1.query"
     assert part.read_raw("mu/blocks.1.query").tobytes() == part.read("blocks.1.query").tobytes()
+
+
+@pytest.mark.parametrize("moment", ["listed", "checked"])
+def test_a_step_that_retention_takes_away_meanwhile(tmp_path, monkeypatch, moment):
+    """A run that trains on saves the next step, and keeps no other, while its reader begins."""
+    run, arrays = tmp_path / "run", params_of()
+    save(run / "checkpoints", arrays, 5)
+
+    def train_on(*_) -> None:
+        monkeypatch.undo()
+        with Checkpointer(run / "checkpoints", keep=1) as checkpointer:
+            checkpointer.save(6, arrays, {"config.json": RECORD})
+
+    if moment == "listed":
+        verify = restoring.verify
+        monkeypatch.setattr(restoring, "verify", lambda path: train_on() or verify(path))
+    else:
+        reader = native.LayerReader
+        monkeypatch.setattr(native, "LayerReader", lambda path: train_on() or reader(path))
+    source = open_source(run)
+    assert source.step == 6
+    assert_is(read_all(source), arrays, "params.")
+    # What is gone for good stays an error.
+    with pytest.raises(UsageError, match="there is nothing at this path"):
+        open_source(run / "checkpoints/step_5")
+
+
+def test_a_reader_beside_a_run_that_saves_never_sees_a_step_vanish(tmp_path):
+    run, arrays = tmp_path / "run", params_of()
+    save(run / "checkpoints", arrays, 1)
+    done = threading.Event()
+
+    def train() -> None:
+        with Checkpointer(run / "checkpoints", keep=1) as checkpointer:
+            for step in range(2, 12):
+                checkpointer.save(step, arrays, {"config.json": RECORD})
+        done.set()
+
+    training = threading.Thread(target=train)
+    training.start()
+    seen = []
+    while not done.is_set():
+        source = open_source(run)
+        assert_is(read_all(source), arrays, "params.")
+        seen.append(source.step)
+    training.join()
+    assert seen == sorted(seen)
+    assert open_source(run).step == 11
 
 
 def test_converted_checkpoint_reads_back_with_all_its_files(tmp_path):

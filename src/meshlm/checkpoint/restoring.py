@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from meshlm.checkpoint.folder import ARRAYS_NAME, reading, step_of, step_path, steps_in
 from meshlm.checkpoint.manifest import ArrayInfo, Damage, read_files, read_manifest, verify
-from meshlm.core.errors import BadInputError
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.processes import share
 
 _log = logging.getLogger(__name__)
@@ -62,14 +62,17 @@ def restore(
 def latest_good(folder: Path) -> Path | None:
     """The newest step whose checksums hold, or None where no step was ever saved.
 
-    A damaged step is warned about, by the files, and passed over.
+    A damaged step is warned about, by the files, and passed over. A step that retention has taken
+    away since it was listed has a newer one in its place.
 
     Raises: BadInputError when every step is damaged, or the newest is of a newer format.
     """
     reports = []
     for step in reversed(steps_in(folder)):
         path = step_path(folder, step)
-        damage = verify(path)
+        damage = _damage_unless_gone(path)
+        if damage is None:
+            return latest_good(folder)
         if not damage:
             return path
         reports.append(f"{path.name}: {_summary(damage)}")
@@ -80,6 +83,17 @@ def latest_good(folder: Path) -> Path | None:
             "delete the folder to start anew"
         )
     return None
+
+
+def _damage_unless_gone(step_folder: Path) -> list[Damage] | None:
+    """Returns what `verify` finds; None where the step is no longer there."""
+    try:
+        damage = verify(step_folder)
+    except (UsageError, OSError):
+        if step_folder.is_dir():
+            raise
+        return None
+    return damage if step_folder.is_dir() else None
 
 
 def restore_latest(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Restored | None:

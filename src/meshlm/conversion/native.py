@@ -67,14 +67,25 @@ def open_native(path: Path) -> Source:
         UsageError: there is no finished checkpoint.
         BadInputError: it is damaged, or its files do not fit each other.
     """
-    folder, is_checked = find_checkpoint(path)
-    reader = LayerReader(folder)
+    folder, is_checked, reader = _open_checkpoint(path)
     damage = [] if is_checked else checkpoint.verify(folder)
     if damage:
         more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
         shown = ", ".join(map(str, damage[:3]))
         raise BadInputError(f"checkpoint {folder} is damaged: {shown}{more}; use another step")
     return NativeSource(folder, reader, checkpoint.read_files(folder))
+
+
+def _open_checkpoint(path: Path) -> tuple[Path, bool, LayerReader]:
+    """Returns what `find_checkpoint` does, and its reader, which keeps retention from it."""
+    while True:
+        folder, is_checked = find_checkpoint(path)
+        try:
+            return folder, is_checked, LayerReader(folder)
+        except (UsageError, OSError):
+            # A run that trains has taken it away since it was found, and has a newer one.
+            if folder == path or folder.exists():
+                raise
 
 
 def find_checkpoint(path: Path) -> tuple[Path, bool]:
