@@ -161,6 +161,7 @@ def test_options_of_training_in_a_template_exist(name):
     foreign = {"--cluster", "--workload", "--tpu-type", "--docker-image", "--max-restarts"}
     foreign |= {"--command", "--zone", "--worker", "--kill-on-bad-exit"}
     foreign |= set(re.findall(r"^#SBATCH (--[\w-]+)", text, re.MULTILINE))
+    assert f"`{name}`" in (ROOT / "docs" / "many-machines.md").read_text()
     used = options_of_training(text) - foreign
     assert {"--run", "--data", "--batch-size", "--mesh.data"} <= used
     assert used <= TRAIN_OPTIONS
