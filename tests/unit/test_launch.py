@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from meshlm.core import processes
+from meshlm.core import place
 from meshlm.core.errors import BadInputError, BusyError, UsageError
 from meshlm.serving.config import Limits
 from meshlm.serving.metrics import FINISHED, REJECTED, Metrics
@@ -143,7 +143,7 @@ TRAIN_TEMPLATES = (
     "train-hosts.sh",
     "train_ray.py",
 )
-VARIABLES = {processes._ADDRESS, processes._COUNT, processes._NUMBER}
+VARIABLES = {place._ADDRESS, place._COUNT, place._NUMBER}
 # The exit codes that a restart cannot better, and that of a run that was told to stop.
 HOPELESS = {UsageError.exit_code, BadInputError.exit_code}
 STOPPED = 75
