@@ -4,6 +4,7 @@ Dim letters: A accumulation, B batch, T time.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import current_rules, use_mesh
+from meshlm.core.sharding import Axes, copy_axes, current_rules, leave_out, spec, use_mesh
 from meshlm.core.tree import PyTree, cast_floating, pytree
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Params, decay_mask, init_params, shared_mask
@@ -142,29 +143,75 @@ def loss_and_grads(
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
     """Returns (mean loss, its float32 gradient, mean squared norm of the parts' own gradients)."""
     params = cast_floating(params, config.weight_dtype)
-    shared = shared_mask(config.model)
-    parts = config.accumulate
     count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
-
-    def part_loss(params: Params, part: StepBatch) -> Float[Array, ""]:
-        return batch_loss(params, part, config)[0] / count
-
-    if parts == 1:
-        loss, grads = jax.value_and_grad(part_loss)(params, batch)
-        square = jnp.square(gradient_norm(config.optimizer, grads, shared))
-        return loss, cast_floating(grads, jnp.float32), square
-
-    def add(carry: tuple, part: StepBatch) -> tuple[tuple, None]:
-        loss, grads, square = carry
-        part_value, part_grads = jax.value_and_grad(part_loss)(params, part)
-        norm = gradient_norm(config.optimizer, part_grads, shared)
-        square += jnp.square(parts * norm) / parts
-        return (loss + part_value, jax.tree.map(jnp.add, grads, part_grads), square), None
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    start = (jnp.zeros(()), zeros, jnp.zeros(()))
-    loss, grads, square = jax.lax.scan(add, start, _cut(batch, parts))[0]
+    if config.accumulate == 1:
+        loss, grads = jax.value_and_grad(_mean_loss)(params, batch, count, config)
+        square = jnp.square(gradient_norm(config.optimizer, grads, shared_mask(config.model)))
+    else:
+        loss, grads, square = _accumulate(params, batch, count, config)
     return loss, cast_floating(grads, jnp.float32), square
+
+
+def _mean_loss(
+    params: Params, batch: StepBatch, count: Float[Array, ""], config: StepConfig
+) -> Float[Array, ""]:
+    return batch_loss(params, batch, config)[0] / count
+
+
+def num_micro_batches(config: StepConfig) -> int:
+    """Returns the number of gradients that are summed up, in the mesh that is entered.
+
+    Where a batch is accumulated, each copy of the weights sums up those of its own rows.
+    """
+    return config.accumulate * _num_copies() if config.accumulate > 1 else 1
+
+
+def _num_copies() -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in copy_axes())
+
+
+def _accumulate(
+    params: Params, batch: StepBatch, count: Float[Array, ""], config: StepConfig
+) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
+    """Returns what `loss_and_grads` does, a part of the batch at a time.
+
+    Each copy of the weights sums up the gradients of its own rows, and the copies' sums are added
+    once, after the last part.
+    """
+    copies = copy_axes()
+
+    def gradient(params: Params, rows: StepBatch) -> tuple:
+        loss, grads = jax.value_and_grad(_mean_loss)(params, rows, count, config)
+        norm = gradient_norm(config.optimizer, grads, shared_mask(config.model))
+        return loss, grads, jnp.square(norm)
+
+    def of_every_copy(params: Params, rows: StepBatch) -> tuple:
+        with leave_out(copies):
+            return jax.vmap(gradient)(params, rows)
+
+    parts = _cut(batch, config.accumulate)
+    if not copies:
+        loss, grads, square = _sum_over_parts(gradient, params, parts)
+    else:
+        params, parts = _give_each(params, copies), _deal(parts, copies)
+        sums = _sum_over_parts(of_every_copy, params, parts)
+        loss, grads, square = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    return loss, grads, square * num_micro_batches(config)
+
+
+def _sum_over_parts(gradient: Callable[..., tuple], params: Params, parts: StepBatch) -> tuple:
+    def add(sums: tuple, part: StepBatch) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, sums, gradient(params, part)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, params, first)
+    return jax.lax.scan(add, jax.tree.map(_zeros_like, shapes), parts)[0]
+
+
+def _zeros_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    split = None if shape.sharding is None else shape.sharding.spec
+    return jnp.zeros(shape.shape, shape.dtype, out_sharding=split)
 
 
 def _cut(batch: StepBatch, parts: int) -> StepBatch:
@@ -174,6 +221,28 @@ def _cut(batch: StepBatch, parts: int) -> StepBatch:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(cut, batch)
+
+
+def _deal(parts: StepBatch, copies: Axes) -> StepBatch:
+    """Returns parts [A, B/A, T] as [A, C, B/A/C, T], C copies of the weights: each has its rows."""
+    with leave_out(copies):
+        split = PartitionSpec(None, copies, *(spec("batch", None) or ()))
+
+    def deal(x: jax.Array) -> jax.Array:
+        shape = (x.shape[0], _num_copies(), x.shape[1] // _num_copies(), x.shape[2])
+        return jax.lax.reshape(x, shape, out_sharding=split)
+
+    return jax.tree.map(deal, parts)
+
+
+def _give_each(params: Params, copies: Axes) -> Params:
+    """Returns the weights with a leading dim of copies, of which each device holds its own."""
+
+    def give(x: jax.Array) -> jax.Array:
+        split = PartitionSpec(copies, *jax.typeof(x).sharding.spec)
+        return jnp.broadcast_to(x[None], (_num_copies(), *x.shape), out_sharding=split)
+
+    return jax.tree.map(give, params)
 
 
 def train_step(

@@ -18,7 +18,6 @@ from meshlm.model import transformer
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.model.transformer import Compute
-from meshlm.ops.attention import causal_mask
 
 _BLOCK_BYTES = 64 * 1024 * 1024
 _FLOAT32 = Compute(dtype="float32")
@@ -32,7 +31,6 @@ class StreamedForward:
         self._device = jax.local_devices(backend="cpu")[0]
         with jax.default_device(self._device):
             self._rotary = transformer.rotary_rows(model, _FLOAT32, None, len(tokens))
-            self._mask = causal_mask(len(tokens))
         self._x: jax.Array | None = None
         self.logits = np.zeros((0, 0), np.float32)
         """Float32 [T, V], once all parts were fed."""
@@ -67,9 +65,7 @@ class StreamedForward:
             fields[name.removeprefix(prefix)] = stored.astype(jnp.float32).block_until_ready()
         assert self._x is not None
         block = Block(**fields)
-        x, _ = transformer.block_forward(
-            self._x, block, self._model, _FLOAT32, self._rotary, self._mask, None
-        )
+        x, _ = transformer.block_forward(self._x, block, self._model, _FLOAT32, self._rotary)
         return x.block_until_ready()
 
     def _head(self, part: Part) -> np.ndarray:

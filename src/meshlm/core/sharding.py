@@ -80,6 +80,7 @@ DEFAULT_RULES = RULES["fsdp-tensor"]
 # Part of what a compiled function is remembered by.
 _rules = jax.make_user_context(DEFAULT_RULES)
 _platform = jax.make_user_context("")
+_left_out = jax.make_user_context(frozenset())
 
 
 def current_rules() -> Rules:
@@ -191,7 +192,44 @@ def axes_of(dim: str) -> frozenset[str]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return frozenset()
-    return frozenset(axis for axis in current_rules().axes(dim) if mesh.shape[axis] > 1)
+    sizes = _sizes(mesh)
+    return frozenset(axis for axis in current_rules().axes(dim) if sizes[axis] > 1)
+
+
+def shards_of(dim: str) -> int:
+    """Returns the number of parts into which the mesh that is entered splits a logical dim."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes_of(dim))
+
+
+def share(x: jax.Array, dim: str) -> jax.Array:
+    """Returns x for several uses with arrays that `dim` is split in, where x itself is whole.
+
+    Their gradients are added up on each device first, and over the axes of `dim` once.
+    """
+    axes = axes_of(dim)
+    if not axes:
+        return x
+    split = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, PartitionSpec(*split, reduced=axes))
+
+
+def copy_axes() -> Axes:
+    """Returns the axes above 1 of the mesh that is entered over which rows are split and weights
+    are whole: each device along them has a gradient of its own rows."""
+    gathered = axes_of("embed")
+    split = axes_of("batch") - gathered
+    return tuple(axis for axis in current_rules().batch if axis in split)
+
+
+def _sizes(mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+    """Returns the axes' sizes; one that is left out (`leave_out`) splits nothing."""
+    return {axis: 1 if axis in _left_out.value else size for axis, size in mesh.shape.items()}
+
+
+def leave_out(axes: Axes) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which these axes split no dim: `jax.vmap` runs over them."""
+    return _left_out(frozenset(axes))
 
 
 def spec(*dims: str | None, gathered: bool = False) -> PartitionSpec | None:
@@ -199,7 +237,7 @@ def spec(*dims: str | None, gathered: bool = False) -> PartitionSpec | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
-    return partition(*dims, sizes=mesh.shape, gathered=gathered)
+    return partition(*dims, sizes=_sizes(mesh), gathered=gathered)
 
 
 def reshard(x: jax.Array, *dims: str | None, gathered: bool = False) -> jax.Array:

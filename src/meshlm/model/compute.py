@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from meshlm.core.sharding import MeshConfig, current_rules
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import count_params
+from meshlm.ops.fast_attention import AttentionName
 
 Remat = Literal["none", "minimal", "full"]
 
@@ -22,6 +23,8 @@ class Compute:
     """Operands of the matrix products; sums are float32."""
     remat: Remat = "none"
     """What the backward pass computes again: nothing, all but the products' results, everything."""
+    attention: AttentionName = "plain"
+    """The form of attention to whole sequences (ops/fast_attention.py)."""
     scan_layers: bool = True
     """One compiled layer for all (fast to compile), or each layer by itself."""
     rotary_table: Literal["float64", "float32"] = "float64"

@@ -9,24 +9,39 @@ transformers does.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import axes_of, reshard, spec
+from meshlm.core.sharding import reshard, share
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.ops import streamed
-from meshlm.ops.attention import attend, attend_to_cache, causal_mask
+from meshlm.ops.attention import attend_to_cache
+from meshlm.ops.fast_attention import MIXED, attend_causally
 from meshlm.ops.linear import Matrix, add_bias, dots, layer_norm, lookup
 from meshlm.ops.loss import head_loss
 from meshlm.ops.quantised import Quantised
 from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
+
+# What `Compute.remat` "minimal" keeps of a layer: the products that read the residual stream, and
+# the attention's output.
+PROJECTION = "projection"
+
+
+class Cached(NamedTuple):
+    """What a layer is given when it goes on from earlier tokens."""
+
+    layer: LayerCache
+    start_B: jax.Array
+    """The place of each row's first new token."""
+    mask_BNTS: jax.Array
+    """Which places each new token sees."""
 
 
 def hidden_states(
@@ -38,11 +53,10 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Returns the float32 output of the final norm for whole sequences from position 0."""
     rotary = rotary_rows(config, compute, None, tokens_BT.shape[1])
-    mask = causal_mask(tokens_BT.shape[1], segment_ids_BT)
 
     def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
         with jax.named_scope("block"):
-            return block_forward(x_BTD, block, config, compute, rotary, mask, None)[0], None
+            return block_forward(x_BTD, block, config, compute, rotary, segment_ids_BT)[0], None
 
     layer = _rematerialise(layer, compute.remat)
     x_BTD = embed(params, tokens_BT, compute)
@@ -94,8 +108,7 @@ def forward_cached(
             config,
             compute,
             rotary,
-            mask,
-            (layer_cache, start_B),
+            cached=Cached(layer_cache, start_B, mask),
         )
         layers.append(updated)
     return final_norm(params, config, compute, x_BTD), Cache(layers=tuple(layers))
@@ -156,8 +169,8 @@ def block_forward(
     config: ModelConfig,
     compute: Compute,
     rotary: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
-    cached: tuple[LayerCache, jax.Array] | None,
+    segment_ids_BT: jax.Array | None = None,
+    cached: Cached | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """Returns x + attention(norm(x)) + feed_forward(norm(x)), and the cache if one is given.
 
@@ -166,11 +179,11 @@ def block_forward(
     decoding = cached is not None
     normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
     if not isinstance(block.query, Quantised):
-        normed = _shared_input(normed.astype(compute.dtype))
+        normed = share(normed.astype(compute.dtype), "heads")
     *qkv_BTNH, hidden_BTF = dots(
         [(normed, weight, 1) for weight in _read_weights(block, compute)], streamed=decoding
     )
-    mixed_BTNH, cache = _attention(qkv_BTNH, compute, rotary, mask, cached)
+    mixed_BTNH, cache = _attention(qkv_BTNH, compute, rotary, segment_ids_BT, cached)
     hidden_BTF = _activate(hidden_BTF, block.ff_in_bias, compute)
     attention_out = gather(block.attention_out, compute, "embed", "heads", None)
     ff_out = gather(block.ff_out, compute, "embed", "ff")
@@ -222,18 +235,21 @@ def _attention(
     qkv_BTNH: list[jax.Array],
     compute: Compute,
     rotary: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
-    cached: tuple[LayerCache, jax.Array] | None,
+    segment_ids_BT: jax.Array | None,
+    cached: Cached | None,
 ) -> tuple[jax.Array, LayerCache | None]:
     keep = functools.partial(rounded, compute=compute)
     with jax.named_scope("attention"):
         q_BTNH, k_BSNH, v_BSNH = (keep(x) for x in qkv_BTNH)
         q_BTNH, k_BSNH = (apply_rotary(x, *rotary, keep) for x in (q_BTNH, k_BSNH))
-        q_BTNH, k_BSNH, v_BSNH = (x.astype(compute.dtype) for x in (q_BTNH, k_BSNH, v_BSNH))
+        q_BTNH, k_BSNH, v_BSNH = (
+            checkpoint_name(x.astype(compute.dtype), PROJECTION) for x in (q_BTNH, k_BSNH, v_BSNH)
+        )
         k_BNSH, v_BNSH = (x.transpose(0, 2, 1, 3) for x in (k_BSNH, v_BSNH))
         if cached is None:
-            return attend(q_BTNH, k_BNSH, v_BNSH, mask), None
-        old, start_B = cached
+            mixed_BTNH = attend_causally(compute.attention, q_BTNH, k_BNSH, v_BNSH, segment_ids_BT)
+            return checkpoint_name(mixed_BTNH.astype(compute.dtype), MIXED), None
+        old, start_B, mask = cached
         cache = extend(old, start_B, k_BNSH, v_BNSH)
         if streamed.can_attend(q_BTNH):
             mixed_BNH = streamed.attend(q_BTNH[:, 0], cache.keys, cache.values, start_B + 1)
@@ -243,16 +259,8 @@ def _attention(
 
 def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
-        hidden_BTF = add_bias(hidden_BTF, bias_F)
+        hidden_BTF = checkpoint_name(add_bias(hidden_BTF, bias_F), PROJECTION)
         return rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
-
-
-def _shared_input(x_BTD: jax.Array) -> jax.Array:
-    """Returns x for several products over `heads`, whose gradients then share one reduction."""
-    batch, heads = spec("batch", None, None), axes_of("heads")
-    if batch is None or not heads:
-        return x_BTD
-    return jax.sharding.reshard(x_BTD, PartitionSpec(*batch, reduced=heads))
 
 
 def final_norm(
@@ -278,6 +286,5 @@ def rotary_rows(
 def _rematerialise(layer, remat: Remat):
     if remat == "none":
         return layer
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "minimal" else None
-    return jax.checkpoint(layer, policy=policy)
+    saved = jax.checkpoint_policies.save_only_these_names(PROJECTION, MIXED)
+    return jax.checkpoint(layer, policy=saved if remat == "minimal" else None)

@@ -11,10 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from meshlm.core.sharding import shards_of, share
 from meshlm.ops import cpu
 from meshlm.ops.linear import plain_dot
 
 CHUNK_ROWS = 512
+# Tokens of one device whose logits exist together elsewhere: products are as fast as they get.
+# But of a sequence no more stretches than these: each is compiled by itself.
+STRETCH_ROWS = 1024
+MAX_STRETCHES = 8
 
 
 class TokenLoss(NamedTuple):
@@ -64,7 +69,7 @@ def head_loss(
     if cpu.is_faster(x_BTD.dtype):
         rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), mask_BT.reshape(-1))
         return _chunked_loss(z_loss, rows[0], head_VD, bias_V, rows[1], rows[2])
-    return plain_head_loss(x_BTD, head_VD, bias_V, targets_BT, mask_BT, z_loss)
+    return _stretched_loss(x_BTD, head_VD, bias_V, targets_BT, mask_BT, z_loss)
 
 
 def plain_head_loss(
@@ -80,8 +85,35 @@ def plain_head_loss(
     return jnp.sum((loss.nll_BT + z_loss * loss.z_BT) * mask_BT)
 
 
-# The gradient is made in the forward pass, a chunk of rows at a time: the logits of a chunk are
-# still at hand then, and those of all rows never exist together.
+def _stretched_loss(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    bias_V: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    z_loss: float,
+) -> jax.Array:
+    """A stretch of every sequence at a time, on any mesh; its logits are computed again backward.
+
+    The gradients of the head and of x are added up on each device, and over devices once. (In a
+    scan JAX cannot add such sums where it also runs over copies of the weights.)
+    """
+    num_rows, length = x_BTD.shape[0] // shards_of("batch"), x_BTD.shape[1]
+    stretch = max(-(-length // MAX_STRETCHES), STRETCH_ROWS // num_rows, 1)
+    if stretch >= length:
+        return plain_head_loss(x_BTD, head_VD, bias_V, targets_BT, mask_BT, z_loss)
+    x_BTD, head_VD = share(x_BTD, "vocab"), share(head_VD, "batch")
+    part_loss = jax.checkpoint(functools.partial(plain_head_loss, z_loss=z_loss))
+    total = jnp.zeros(())
+    for start in range(0, length, stretch):
+        part = (x[:, start : start + stretch] for x in (x_BTD, targets_BT, mask_BT))
+        x_BCD, targets_BC, mask_BC = part
+        total += part_loss(x_BCD, head_VD, bias_V, targets_BC, mask_BC)
+    return total
+
+
+# On one CPU the gradient is made in the forward pass, a chunk of rows at a time: the logits of a
+# chunk are still at hand then, and those of all rows never exist together.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
