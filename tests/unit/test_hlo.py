@@ -417,7 +417,32 @@ condition=%condition, body=%body
     assert read_program(text, SIZES).flops == 24 * 2 * 8**3
 
 
-@pytest.mark.parametrize("text", ["", "HloModule nothing", "ENTRY"])
+KERNEL = """
+%there (p: f32[8,64]) -> f32[8,64] {
+  ROOT %p = f32[8,64]{1,0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,64], w: f32[64,16]) -> f32[8,16] {
+  %x = f32[8,64]{1,0:T(8,128)} parameter(0)
+  %w = f32[64,16]{1,0:T(8,128)} parameter(1)
+  %kernel = f32[8,64]{1,0:T(8,128)} custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"profile":"{\\"block\\": 512}"
+}}, metadata={op_name="jit(step)/kernel"}
+  ROOT %y = f32[8,16]{1,0:T(8,128)} dot(%kernel, %w), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+}
+"""
+
+
+def test_what_a_kernel_says_of_itself_may_have_line_ends():
+    text = parse_text(KERNEL)
+    assert list(text.entry.instructions) == ["x", "w", "kernel", "y"]
+    assert text.entry.instructions["kernel"].op_name == "jit(step)/kernel"
+    assert read_program(KERNEL, SIZES).flops == 2 * 8 * 64 * 16
+
+
+@pytest.mark.parametrize("text", ["", "HloModule nothing", "ENTRY", KERNEL[:-3]])
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="ENTRY"):
         parse_text(text)

@@ -43,7 +43,8 @@ class Compiled:
     available_bytes: int | None = None
     """What the compiler lets a program use of a device's memory, where it says so."""
     flops: float = 0.0
-    """Of the matrix products, loops multiplied by their trips."""
+    """Of the matrix products, loops multiplied by their trips; those inside of kernels written by
+    hand (splash attention) are not told."""
     bytes_accessed: float = 0.0
     """Read from and written to the device's memory, loops multiplied by their trips."""
     traffic: tuple[Traffic, ...] = ()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from meshlm.planning.hlo_text import Array, Computation, Instruction, Text
 
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
-_STATED_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(?:cublas|onednn|triton)\$')
@@ -36,21 +35,21 @@ def operands_of(instruction: Instruction, computation: Computation) -> list[tupl
 
 
 def product_flops(instruction: Instruction, computation: Computation) -> float:
-    """Returns the FLOPs of a dot, a convolution or a library's product; 0 for all else."""
+    """Returns the FLOPs of a dot, a convolution or a library's product; 0 for all else.
+
+    Also for kernels written by hand (splash attention): their text is code of their own.
+    """
     if instruction.op == "dot":
         lhs = operands_of(instruction, computation)[0][0]
         contracted = instruction.numbers("lhs_contracting_dims")
         return _dot_flops(instruction.results[0], lhs, contracted)
     if instruction.op == "convolution":
         return _convolution_flops(instruction, computation)
-    if instruction.op == "custom-call":
-        if match := _STATED_FLOPS.search(instruction.attributes):
-            return float(match.group(1))
-        if _LIBRARY_PRODUCT.search(instruction.attributes):
-            match = _CONTRACTED.search(instruction.attributes)
-            lhs = operands_of(instruction, computation)[0][0]
-            contracted = [int(n) for n in re.findall(r"\d+", match.group(1))] if match else [1]
-            return _dot_flops(instruction.results[0], lhs, contracted)
+    if instruction.op == "custom-call" and _LIBRARY_PRODUCT.search(instruction.attributes):
+        match = _CONTRACTED.search(instruction.attributes)
+        lhs = operands_of(instruction, computation)[0][0]
+        contracted = [int(n) for n in re.findall(r"\d+", match.group(1))] if match else [1]
+        return _dot_flops(instruction.results[0], lhs, contracted)
     return 0.0
 
 

@@ -14,6 +14,7 @@ _ARRAY = re.compile(r"\b(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)")
+_END = re.compile(r"\}(, execution_thread=.*)?")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SPACE = re.compile(r"S\((\d+)\)")
 _BITS = re.compile(r"[a-z]+(\d+)")
@@ -113,25 +114,36 @@ def parse_text(text: str) -> Text:
     """
     computations: dict[str, Computation] = {}
     entry = name = None
-    lines: dict[str, Instruction] = {}
-    root: Instruction | None = None
+    lines: list[str] = []
     for line in text.splitlines():
         if name is None:
             if match := _HEADER.match(line):
-                name, lines, root = match.group(2), {}, None
+                name, lines = match.group(2), []
                 entry = name if match.group(1) else entry
-        elif line.startswith("}"):
-            if root is None:
-                raise ValueError(f"computation {name} has no result")
-            computations[name] = Computation(name, lines, root)
+        elif _END.fullmatch(line):
+            computations[name] = _parse_computation(name, lines)
             name = None
-        elif match := _LINE.match(line):
-            instruction = _parse_instruction(match.group(2), match.group(3))
-            lines[instruction.name] = instruction
-            root = instruction if match.group(1) else root
-    if entry is None:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY")
+        elif _LINE.match(line):
+            lines.append(line)
+        elif lines:  # what kernels say of themselves has line ends
+            lines[-1] += line
+    if entry is None or entry not in computations:
+        raise ValueError("this is no text of a compiled program: it has no ENTRY that ends")
     return Text(computations, computations[entry])
+
+
+def _parse_computation(name: str, lines: list[str]) -> Computation:
+    instructions: dict[str, Instruction] = {}
+    root: Instruction | None = None
+    for line in lines:
+        match = _LINE.match(line)
+        assert match is not None
+        instruction = _parse_instruction(match.group(2), match.group(3))
+        instructions[instruction.name] = instruction
+        root = instruction if match.group(1) else root
+    if root is None:
+        raise ValueError(f"computation {name} has no result")
+    return Computation(name, instructions, root)
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
