@@ -29,9 +29,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meshlm.core.config import from_dict, to_dict
+from meshlm.core.sharding import make_mesh, use_mesh
 from meshlm.model.config import ModelConfig
 from meshlm.ops.rotary import rotary_table
 from meshlm.optim import OptimizerConfig, learning_rate
+from meshlm.planning import worker
+from meshlm.planning.compiling import Compiled, run_worker
+from meshlm.planning.setup import Setup, check_setup
+from meshlm.planning.topology import Topology
 
 Tree = Any
 COPIES = ("replica", "data")
@@ -301,3 +307,42 @@ def compile_step(config: OriginalStep) -> Any:
     return jax.jit(
         lambda state, tokens, targets: train_step(state, tokens, targets, config), donate_argnums=0
     )
+
+
+# The compiler's word on it: the same questions as MeshLM's own step is asked, in the same way.
+
+
+def compile_original(setup: Setup, topology: Topology, timeout_s: float = 3600) -> Compiled:
+    """What the compiler says of the original's step; `setup` has its mesh, parts and batch.
+
+    Raises:
+        UsageError: the batch is not one sequence a copy and part.
+        MeshLMError: the compiler failed.
+    """
+    check_setup(setup)
+    assert setup.rows == 1, "the original has one sequence a copy and part"
+    request = {"setup": to_dict(setup), "topology": topology.name}
+    return run_worker((__file__,), request, topology, timeout_s)
+
+
+def lower_step(setup: Setup, devices: list[Any]) -> jax.stages.Lowered:
+    """The step, traced and lowered for these devices."""
+    config = OriginalStep(model=setup.step.model, optimizer=setup.step.optimizer)
+    mesh = make_mesh(setup.mesh, devices)
+    parts = setup.step.accumulate
+    shape = (setup.batch_size // parts, parts, setup.seq_len)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    with use_mesh(mesh):
+        return compile_step(config).lower(abstract_state(config, mesh), tokens, tokens)
+
+
+def _compile_request(request: dict[str, Any]) -> Compiled:
+    setup = from_dict(Setup, request["setup"], "setup")
+    devices = worker.target_devices(request["topology"])
+    return worker.compile_program(
+        lambda: lower_step(setup, devices), setup.mesh, devices[0].platform
+    )
+
+
+if __name__ == "__main__":
+    worker.answer_with(_compile_request)
