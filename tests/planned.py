@@ -25,7 +25,7 @@ def setup_of(
     seq_len: int = 2048,
     optimizer: str = "adamw",
     dtype="bfloat16",
-    scan_layers: bool = True,
+    attention="plain",
     **mesh: int,
 ) -> Setup:
     """A setup; what is left of the keywords are sizes of mesh axes."""
@@ -33,7 +33,7 @@ def setup_of(
         step=StepConfig(
             model=shape,
             optimizer=dataclasses.replace(OPTIMIZER, name=optimizer),
-            compute=Compute(remat=remat, dtype=dtype, scan_layers=scan_layers),
+            compute=Compute(remat=remat, dtype=dtype, attention=attention),
             accumulate=accumulate,
         ),
         mesh=MeshConfig(**mesh),

@@ -54,8 +54,10 @@ def test_6b_by_hand():
     assert alone.batch_bytes == 3 * 4 * 2048
     # The stream before each of 28 layers.
     assert alone.kept_bytes == 4 * 28 * 2048 * 4096
-    # Three times the logits, and a head in bfloat16 with a float32 gradient.
-    assert alone.head_bytes == 3 * 4 * 2048 * 50_400 + 6 * 50_400 * 4096
+    # Three times the logits of a stretch, a head in bfloat16 with a float32 gradient, its input and
+    # the gradient of that.
+    logits = 3 * 4 * 1024 * 50_400
+    assert alone.head_bytes == logits + 6 * 50_400 * 4096 + 2 * 4 * 2048 * 4096
 
 
 def test_what_more_devices_parts_and_recomputation_do():
@@ -83,3 +85,13 @@ def test_the_least_is_less(remat, accumulate):
     for mesh in ({}, {"data": 32, "model": 8}, {"data": 256}):
         setup = setup_of(remat=remat, accumulate=accumulate, batch_size=1024, **mesh)
         assert 0 < sum(least_memory(setup)) < estimate_memory(setup).total_bytes
+
+
+def test_attention_that_keeps_no_scores_needs_less():
+    sizes = [
+        estimate_memory(setup_of(attention=attention, batch_size=64, data=32, seq_len=2048))
+        for attention in ("plain", "chunked", "splash")
+    ]
+    scores = 4 * 16 * 2 * 2048**2
+    assert sizes[0].layer_bytes - sizes[2].layer_bytes == 3 * scores
+    assert sizes[1].layer_bytes - sizes[2].layer_bytes == 3 * scores / 8

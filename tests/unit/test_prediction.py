@@ -15,54 +15,71 @@ from meshlm.planning import prediction
 from meshlm.planning.compiling import Collective, Compiled, Traffic
 from meshlm.planning.hlo import read_program
 from meshlm.planning.links import find_route, transfer_s
-from meshlm.planning.prediction import predict, predict_work
+from meshlm.planning.prediction import executed_flops, predict, predict_work
 from meshlm.planning.topology import find_topology
-from meshlm.planning.work import count_work, total_wire_bytes, wire_bytes
+from meshlm.planning.work import best_attention, count_work, total_wire_bytes, wire_bytes
 from planned import GPTJ, setup_of, with_links
 
 V3 = find_topology("v3:16x8")
 POD = setup_of(accumulate=8, data=32, model=8)
 
 
+HEAD = 4096 * 50_400
+TOKENS = 512 * 2048 / 256
+
+
 def test_flops_are_the_models_without_recomputation():
+    """But for the logits, which are made a second time for the backward pass."""
     work = count_work(setup_of(remat="none", data=32, model=8))
-    tokens = 512 * 2048 / 256
-    assert work.product_flops == 6 * matmul_params(GPTJ) * tokens
+    assert work.product_flops == (6 * matmul_params(GPTJ) + 2 * HEAD) * TOKENS
     # Whole squares, of which the model's own count has the half that a token sees.
-    assert work.product_flops + work.attention_flops == pytest.approx(
-        (flops_per_token(GPTJ, 2048) + 6 * 28 * 2048 * 4096) * tokens
+    assert work.product_flops - 2 * HEAD * TOKENS + work.attention_flops == pytest.approx(
+        (flops_per_token(GPTJ, 2048) + 6 * 28 * 2048 * 4096) * TOKENS
     )
-    kernel = count_work(setup_of(remat="none", data=32, model=8), "kernel")
-    assert kernel.attention_flops == work.attention_flops * 7 / 12
+    # Few tokens have their logits at once.
+    few = count_work(setup_of(remat="none", data=32, model=8, batch_size=32, seq_len=512))
+    assert few.product_flops == 6 * matmul_params(GPTJ) * 32 * 512 / 256
+
+
+@pytest.mark.parametrize(
+    ("attention", "remat", "products", "keys"),
+    [
+        ("plain", "none", 6, 2048),
+        ("plain", "minimal", 7, 2048),
+        ("plain", "full", 8, 2048),
+        # Eight chunks: a query sees 1, 2, ... 8 of them, 4.5 on average.
+        ("chunked", "none", 7, 4.5 * 256),
+        ("chunked", "full", 9, 4.5 * 256),
+        ("splash", "minimal", 9, 2.5 * 512),
+        ("splash", "full", 11, 2.5 * 512),
+        ("cudnn", "none", 7, 8.5 * 128),
+    ],
+)
+def test_flops_of_attention(attention, remat, products, keys):
+    setup = setup_of(remat=remat, attention=attention, data=32, model=8)
+    by_hand = 2 * products * keys * 28 * 4096 / 8 * (512 * 2048 / 32)
+    assert count_work(setup).attention_flops == by_hand
 
 
 def test_flops_computed_again():
     """Nobody asks for the results of the two products that write to the stream: 7 of 12 parts."""
-    tokens = 512 * 2048 / 256
     twice = count_work(setup_of(data=32, model=8)).product_flops
     once = count_work(setup_of(remat="minimal", data=32, model=8)).product_flops
-    assert once == 6 * matmul_params(GPTJ) * tokens
-    assert twice - once == pytest.approx(2 * tokens * 28 * 7 * 4096**2)
+    assert twice - once == pytest.approx(2 * TOKENS * 28 * 7 * 4096**2)
 
 
-@pytest.mark.parametrize(
-    ("setup", "compiled_flops"),
-    [
-        # Products of the step in the text that libtpu 0.0.50.1 (JAX 0.12.0.1) gave for v3:16x8, its
-        # loops multiplied, 2026-11-22.
-        (POD, 1.859e14),
-    ],
-    ids=["6B on v3-256"],
-)
-def test_flops_are_the_compilers(setup, compiled_flops):
-    work = count_work(setup)
-    assert work.product_flops + work.attention_flops == pytest.approx(compiled_flops, rel=0.001)
+def test_flops_are_the_compilers():
+    """Products of the step with all logits at once, in the text that libtpu 0.0.50.1 (JAX 0.12.0.1)
+    gave for v3:16x8, its loops multiplied, 2026-11-22."""
+    work = count_work(POD)
+    found = work.product_flops + work.attention_flops - 2 * HEAD * TOKENS
+    assert found == pytest.approx(1.859e14, rel=0.001)
 
 
 def test_sums_of_activations_under_tensor_parallelism():
     """One float32 sum forward and one of bfloat16 backward a layer and part (GPTJ.md), one more for
     the head's input; one joining of looked-up columns."""
-    found = [t for t in count_work(POD).transfers if not t.hidden]
+    found = [t for t in count_work(POD).transfers if t.of == "activations"]
     assert {t.axes for t in found} == {("model",)}
     stream = 2 * 2048 * 4096  # rows of a part, tokens, width
     sums = [(t.bytes, t.count) for t in found if t.op == "all-reduce"]
@@ -80,7 +97,7 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once():
     # The biases and norms of a layer are a ten thousandth of it, and stay whole.
     assert gather.bytes == pytest.approx(2 * layer, rel=2e-4)
     assert reduce.bytes == pytest.approx(4 * layer, rel=2e-4)
-    assert all(t.hidden for t in work.transfers)
+    assert {t.of for t in work.transfers} == {"weights", "gradients"}
     kept = count_work(setup_of(sharding="fsdp", data=256, batch_size=256, remat="none"))
     assert {t.count for t in kept.transfers if t.op == "all-gather"} == {28, 1}
 
@@ -89,7 +106,7 @@ def test_copies_of_the_weights_sum_gradients_once():
     for accumulate in (1, 4):
         work = count_work(setup_of(replica=4, data=64, batch_size=1024, accumulate=accumulate))
         (copies,) = [t for t in work.transfers if t.axes == ("replica",)]
-        assert (copies.op, copies.count, copies.hidden) == ("all-reduce", 1, True)
+        assert (copies.op, copies.count, copies.of) == ("all-reduce", 1, "gradients")
         assert copies.bytes == pytest.approx(4 * 6.05e9 / 64, rel=0.01)
     assert not count_work(setup_of(batch_size=1)).transfers
 
@@ -165,19 +182,29 @@ def test_the_step_is_the_sum_of_its_parts():
     flops = work.product_flops + work.attention_flops
     assert found.compute_s == pytest.approx(flops / prediction.PRODUCT_EFFICIENCY / 61.5e12)
     assert set(found.interconnect_s) == {"data", "model"}
-    # Only the sums of activations are waited for.
-    assert found.exposed_s == pytest.approx(found.interconnect_s["model"])
+    assert found.exposed_s == pytest.approx(sum(found.interconnect_s.values()))
 
 
 def test_hidden_exchanges_show_where_there_is_nothing_to_hide_behind():
-    slow = with_links(V3, 1e8)
-    work = count_work(setup_of(sharding="fsdp", data=256, batch_size=256))
+    v5e = find_topology("v5e:16x16")
     setup = setup_of(sharding="fsdp", data=256, batch_size=256)
-    found = predict_work(setup, slow, work)
+    work = count_work(setup)
+    all_beside = tuple(dataclasses.replace(t, overlapped=True) for t in work.transfers)
+    beside = dataclasses.replace(work, transfers=all_beside)
+    found = predict_work(setup, with_links(v5e, 1e8), beside)
     assert found.exposed_s == pytest.approx(
         sum(found.interconnect_s.values()) - found.compute_s - found.hbm_s
     )
-    assert predict_work(setup, V3, work).exposed_s == 0
+    assert predict_work(setup, v5e, beside).exposed_s == 0
+    # By formula gradients are waited for.
+    waited = predict_work(setup, v5e, work)
+    assert 0 < waited.exposed_s < sum(waited.interconnect_s.values())
+    # And on v3 everything is.
+    apart = predict_work(setup, V3, work)
+    assert apart.exposed_s == pytest.approx(sum(apart.interconnect_s.values()))
+    # GPUs overlap both.
+    h100 = find_topology("H100:256")
+    assert predict_work(setup, h100, work).exposed_s == 0
 
 
 def test_a_unit_wider_than_a_head_works_in_vain():
@@ -215,6 +242,17 @@ def test_the_compiled_step_replaces_the_formulas():
     assert predict(POD, V3, Compiled(fits=False)).step_s == by_formula.step_s
 
 
+def test_a_kernels_flops_are_the_formulas():
+    v5e = find_topology("v5e:16x16")
+    setup = setup_of(attention="splash", data=256, sharding="fsdp")
+    work = count_work(setup)
+    compiled = Compiled(fits=True, flops=work.product_flops, traffic=(Traffic(flops=0, bytes=1),))
+    assert executed_flops(setup, work, compiled) == work.product_flops + work.attention_flops
+    assert predict(setup, v5e, compiled).compute_s == predict(setup, v5e).compute_s
+    plain = setup_of(data=256, sharding="fsdp")
+    assert executed_flops(plain, count_work(plain), compiled) == compiled.flops
+
+
 def test_no_data_sheet_no_prediction():
     facts = dataclasses.replace(V3.facts, peak_flops=None)
     with pytest.raises(UsageError, match="no data sheet is known for TPU v3"):
@@ -241,3 +279,20 @@ def test_traffic_is_all_there_is():
     assert without >= 7 * 2 * 4 * 64 * 64
     (product,) = [t for t in found.traffic if t.flops]
     assert product.bytes == 4 * (2 * 64 * 512 + 64 * 64)
+
+
+@pytest.mark.parametrize(
+    ("topology", "head_dim", "form"),
+    [
+        ("v3:4x4", 256, "chunked"),
+        ("v4:4x4x4", 256, "splash"),
+        ("v6e:4x4", 128, "splash"),
+        ("v5e:4x4", 64, "chunked"),
+        ("A100:8", 256, "chunked"),
+        ("A100:8", 128, "cudnn"),
+        ("H100:8", 256, "cudnn"),
+        ("here", 256, "plain"),
+    ],
+)
+def test_the_form_of_attention_that_devices_can(topology, head_dim, form):
+    assert best_attention(find_topology(topology), head_dim) == form

@@ -73,11 +73,25 @@ def test_the_best_are_compiled(monkeypatch, ranked):
     monkeypatch.setattr(planning, "compile_setup", answer)
     topology = dataclasses.replace(V3, compiles=True)
     found = search(BASE, topology, compile_best=3, tell=said.append)
-    assert asked == [p.setup for p in ranked[:3]]
-    assert len(said) == 3
-    assert "compiling 1 of 3" in said[0]
-    assert [p.compiled is not None for p in found[:4]] == [True, True, False, False]
+    assert asked == [p.setup for p in ranked[:4]]
+    assert [text.partition(":")[0] for text in said] == [
+        f"compiling {n} of 3" for n in (1, 1, 2, 3)
+    ]
+    assert [p.compiled is not None for p in found[:4]] == [True, True, True, False]
     assert ranked[0].setup not in [p.setup for p in found]
+
+
+def test_no_more_are_compiled_than_makes_sense(monkeypatch, ranked):
+    asked = []
+
+    def refuse(setup, topology):
+        asked.append(setup)
+        return Compiled(fits=False)
+
+    monkeypatch.setattr(planning, "compile_setup", refuse)
+    found = search(BASE, dataclasses.replace(V3, compiles=True), compile_best=2)
+    assert len(asked) == 4
+    assert [p.setup for p in found] == [p.setup for p in ranked[4:]]
 
 
 def test_nothing_fits():

@@ -14,12 +14,14 @@ from meshlm.core.sharding import MeshConfig, ShardingName
 from meshlm.model.compute import Compute, Remat
 from meshlm.model.config import find_preset
 from meshlm.model.params import count_params
+from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
 from meshlm.planning.plan import Plan, make_plan
 from meshlm.planning.search import nearest_that_fits, search
 from meshlm.planning.setup import Setup
 from meshlm.planning.text import render_plan, render_search, render_verdict
 from meshlm.planning.topology import Topology, find_topology
+from meshlm.planning.work import best_attention
 from meshlm.step import StepConfig
 
 EXAMPLES = (
@@ -51,6 +53,8 @@ class Config:
     """Parts into which a step's batch is cut to save memory."""
     remat: Remat | None = None
     """What is computed again to save memory. [full from 1e9 parameters, else minimal]"""
+    attention: AttentionName | None = None
+    """Form of attention. [the best that these devices can]"""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Operands of the matrix products."""
     optimizer: OptimizerName = "adamw"
@@ -103,7 +107,9 @@ def _setup(config: Config, topology: Topology) -> Setup:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     large = count_params(model) >= 1e9
     compute = Compute(
-        dtype=config.compute_dtype, remat=config.remat or ("full" if large else "minimal")
+        dtype=config.compute_dtype,
+        remat=config.remat or ("full" if large else "minimal"),
+        attention=config.attention or best_attention(topology, model.head_dim),
     )
     # What a schedule is made of changes no byte and no FLOP.
     optimizer = OptimizerConfig(

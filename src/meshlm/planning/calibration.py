@@ -17,10 +17,11 @@ from meshlm.model.compute import Compute, Remat
 from meshlm.model.config import ModelConfig
 from meshlm.model.flops import matmul_params
 from meshlm.optim import OptimizerConfig
+from meshlm.planning.memory import stretch
 from meshlm.planning.prediction import Prediction, predict_work
 from meshlm.planning.setup import Setup
 from meshlm.planning.topology import find_topology
-from meshlm.planning.work import Squares, Transfer, Work, count_work
+from meshlm.planning.work import FORMS, AttentionForm, Transfer, Work, count_work
 from meshlm.step import StepConfig
 
 
@@ -39,9 +40,11 @@ class PublishedRun:
     sharding: ShardingName = "fsdp"
     remat: Remat
     rows_per_device: int
-    squares: Squares = "kernel"
+    form: AttentionForm
     again: float = 0.0
     """Weights of a layer that are multiplied once more in the backward pass, beyond `remat`."""
+    overlaps: bool = True
+    """Weights and gradients travel beside products: their scripts set the compiler's flags so."""
     fitted: bool = False
 
     @property
@@ -87,6 +90,11 @@ _LEVANTER = "Levanter 1.0 release (2023), config/gpt2_7b.yaml"
 # Feed-forward 14,336 gated; 8 of 32 heads have keys and values of their own, which are 2 x 3,072
 # columns less of D, so many as half of them less of a feed-forward's two matrices.
 _GROUPED_FF = 14_336 * 3 // 2 - 3_072
+# The kernel that all but the first use keeps no scores, skips blocks of keys that a query does not
+# see, and is computed again in the backward pass.
+_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 2, "full": 2}
+_FLASH = AttentionForm(backward=5, again=_AGAIN, chunk=512)
+_FLASH_2048 = AttentionForm(backward=5, again=_AGAIN, chunk=2048)
 # Their recipes keep queries, keys, values and outputs, and compute the gated pair again.
 _GATED_PAIR = 2 * 14_336 * 4_096
 
@@ -100,7 +108,8 @@ RUNS = (
         mesh=MeshConfig(data=256),
         remat="full",
         rows_per_device=4,
-        squares="stored",
+        form=FORMS["plain"],
+        overlaps=False,
         fitted=True,
     ),
     PublishedRun(
@@ -112,6 +121,7 @@ RUNS = (
         mesh=MeshConfig(data=256),
         remat="full",
         rows_per_device=6,
+        form=_FLASH,
         fitted=True,
     ),
     PublishedRun(
@@ -124,6 +134,7 @@ RUNS = (
         sharding="fsdp-tensor",
         remat="minimal",
         rows_per_device=6,
+        form=_FLASH,
         fitted=True,
     ),
     PublishedRun(
@@ -135,6 +146,7 @@ RUNS = (
         mesh=MeshConfig(data=8),
         remat="minimal",
         rows_per_device=6,
+        form=_FLASH_2048,
         again=_GATED_PAIR,
         fitted=True,
     ),
@@ -147,6 +159,7 @@ RUNS = (
         mesh=MeshConfig(data=256),
         remat="full",
         rows_per_device=4,
+        form=_FLASH,
     ),
     PublishedRun(
         name="MaxText 64B, FSDP",
@@ -157,6 +170,7 @@ RUNS = (
         mesh=MeshConfig(data=256),
         remat="full",
         rows_per_device=2,
+        form=_FLASH,
     ),
     PublishedRun(
         name="MaxText 128B, FSDP 16 x tensor 16",
@@ -168,6 +182,7 @@ RUNS = (
         sharding="fsdp-tensor",
         remat="minimal",
         rows_per_device=1,
+        form=_FLASH,
     ),
     PublishedRun(
         name="MaxText 64B, FSDP 16 x tensor 4",
@@ -179,6 +194,7 @@ RUNS = (
         sharding="fsdp-tensor",
         remat="minimal",
         rows_per_device=3,
+        form=_FLASH,
     ),
     PublishedRun(
         name="MaxText 128B, FSDP 16 x tensor 8",
@@ -190,6 +206,7 @@ RUNS = (
         sharding="fsdp-tensor",
         remat="minimal",
         rows_per_device=1,
+        form=_FLASH,
     ),
     PublishedRun(
         name="Llama-3.1-8B, FSDP",
@@ -200,6 +217,7 @@ RUNS = (
         mesh=MeshConfig(data=8),
         remat="minimal",
         rows_per_device=3,
+        form=_FLASH_2048,
         again=_GATED_PAIR,
     ),
     PublishedRun(
@@ -211,6 +229,7 @@ RUNS = (
         mesh=MeshConfig(data=256),
         remat="minimal",
         rows_per_device=4,
+        form=_FLASH_2048,
         again=_GATED_PAIR,
     ),
 )
@@ -234,7 +253,7 @@ class Calibrated:
 def calibrate(run: PublishedRun) -> Calibrated:
     """Returns a run with its prediction, by the formulas that `meshlm plan` uses."""
     setup = run.setup
-    work = _as_published(run, count_work(setup, run.squares))
+    work = _as_published(run, count_work(setup, run.form))
     prediction = predict_work(setup, find_topology(run.topology), work)
     a_device = run.published_flops() * setup.tokens / setup.mesh.num_devices
     mfu = a_device / (prediction.step_s * prediction.peak_flops_per_s)
@@ -245,17 +264,21 @@ def _as_published(run: PublishedRun, work: Work) -> Work:
     """Returns our step's work changed into that of a block whose halves follow one another.
 
     Under tensor parallelism it sums activations twice a layer each way, in bfloat16; and computed
-    again it needs the attention's output, for the feed-forward reads it.
+    again it needs the attention's output, for the feed-forward reads it. Logits are made once.
     """
     setup, model = run.setup, run.model
     again = run.again
     if run.remat == "full":
         again += model.d_model * model.num_heads * model.head_dim
-    flops = 2.0 * setup.tokens / setup.mesh.num_devices * model.num_layers * again
+    head = model.vocab_size * model.d_model if stretch(setup) < setup.seq_len else 0
+    added = model.num_layers * again - head
+    flops = 2.0 * setup.tokens / setup.mesh.num_devices * added
     stream = 2.0 * setup.rows * setup.seq_len * model.d_model
 
     def change(transfer: Transfer) -> Transfer:
-        if transfer.hidden or transfer.op != "all-reduce":
+        if transfer.of != "activations":
+            return dataclasses.replace(transfer, overlapped=run.overlaps)
+        if transfer.op != "all-reduce":
             return transfer
         return dataclasses.replace(transfer, bytes=stream, count=2 * transfer.count)
 

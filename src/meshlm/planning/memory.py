@@ -12,13 +12,15 @@ import jax
 
 from meshlm.core.sharding import Axes
 from meshlm.model.params import Weight, describe
-from meshlm.ops.loss import CHUNK_ROWS
+from meshlm.ops.loss import CHUNK_ROWS, MAX_STRETCHES, STRETCH_ROWS
 from meshlm.planning.setup import Setup
 
 _FLOAT = 4
 _INT = 4
 # Least length of both sides from which adafactor keeps rows and columns of a matrix's squares.
 _LEAST_FACTORED = 128
+# Share of the scores of a sequence that exist at once: one of eight chunks of queries, or none.
+_SCORES_AT_ONCE = {"plain": 1.0, "chunked": 1 / 8, "splash": 0.0, "cudnn": 0.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,10 @@ def _operand_bytes(setup: Setup) -> int:
 
 
 def _scores_bytes(setup: Setup, numbers: int) -> float:
-    """Returns the bytes of `numbers` of the attention's float32 squares, for a token."""
+    """Returns the bytes of `numbers` of the attention's float32 scores, for a token of a layer."""
+    share = _SCORES_AT_ONCE[setup.step.compute.attention]
     heads = setup.step.model.num_heads / setup.mesh.shards(setup.rules.heads)
-    return _FLOAT * numbers * heads * setup.seq_len
+    return _FLOAT * numbers * share * heads * setup.seq_len
 
 
 def _forward_bytes(setup: Setup) -> float:
@@ -135,17 +138,19 @@ def _forward_bytes(setup: Setup) -> float:
 
 
 def _kept_bytes(setup: Setup) -> int:
-    remat = setup.step.compute.remat
+    compute, operand = setup.step.compute, _operand_bytes(setup)
     stream, heads, ff = widths(setup)
-    token = _FLOAT * stream
-    if remat == "minimal":
-        token += _FLOAT * (3 * heads + ff)
-    elif remat == "none":
-        token = _forward_bytes(setup) + _scores_bytes(setup, 2)
-    gathered = layer_elements(setup) * _operand_bytes(setup) if remat == "none" else 0
-    if layer_elements(setup) == layer_elements(setup, gathered=False):
-        gathered = 0
-    return round(setup.step.model.num_layers * (part_tokens(setup) * token + gathered))
+    token, weights = _FLOAT * stream, 0
+    if compute.remat == "minimal":
+        # q, k, v and the mix as operands, the feed-forward's first result in float32.
+        token += 4 * operand * heads + _FLOAT * ff
+    elif compute.remat == "none":
+        token = _forward_bytes(setup)
+        if compute.attention == "plain":
+            token += _scores_bytes(setup, 2)
+        if layer_elements(setup) > layer_elements(setup, gathered=False):
+            weights = operand * layer_elements(setup)
+    return round(setup.step.model.num_layers * (part_tokens(setup) * token + weights))
 
 
 def part_tokens(setup: Setup) -> int:
@@ -161,18 +166,25 @@ def layer_elements(setup: Setup, *, gathered: bool = True) -> int:
 
 def _layer_bytes(setup: Setup) -> int:
     """The next layer's weights are gathered while this one's are used."""
-    activations = 2 * _forward_bytes(setup) + _scores_bytes(setup, 4)
+    activations = 1.5 * _forward_bytes(setup) + _scores_bytes(setup, 3)
     weights = layer_elements(setup) * 3 * _operand_bytes(setup)
     return round(part_tokens(setup) * activations + weights)
 
 
 def _head_bytes(setup: Setup) -> int:
     head = describe(setup.step.model).head
-    rows = elements(head, setup, gathered=True) // setup.step.model.d_model
+    vocab = elements(head, setup, gathered=True) // setup.step.model.d_model
     # Logits, their exponentials and their gradient.
-    logits = 3 * _FLOAT * rows * part_tokens(setup)
+    logits = 3 * _FLOAT * vocab * setup.rows * stretch(setup)
     weights = elements(head, setup, gathered=True) * (_operand_bytes(setup) + _FLOAT)
-    return logits + weights
+    # The head's input and its gradient are there for all tokens.
+    return logits + weights + 2 * _FLOAT * part_tokens(setup) * setup.step.model.d_model
+
+
+def stretch(setup: Setup) -> int:
+    """Returns the tokens of a sequence whose logits exist together (ops/loss.py)."""
+    length = setup.seq_len
+    return min(length, max(-(-length // MAX_STRETCHES), STRETCH_ROWS // setup.rows, 1))
 
 
 def _embedding_bytes(setup: Setup) -> int:

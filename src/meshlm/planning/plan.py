@@ -8,7 +8,7 @@ from meshlm.model.flops import flops_per_token
 from meshlm.model.params import count_params
 from meshlm.planning.compiling import Compiled, compile_setup
 from meshlm.planning.memory import MemoryEstimate, estimate_memory
-from meshlm.planning.prediction import Prediction, predict, squares_of
+from meshlm.planning.prediction import Prediction, executed_flops, predict
 from meshlm.planning.setup import Setup, check_setup
 from meshlm.planning.topology import Topology
 from meshlm.planning.work import Work, count_work
@@ -104,17 +104,18 @@ class Plan:
 
     def _bytes(self) -> dict[str, Any]:
         compiled = self.compiled
+        flops = executed_flops(self.setup, self.work, compiled)
         if compiled is not None and compiled.fits:
             return {
                 "argument_bytes": compiled.argument_bytes,
                 "temp_bytes": compiled.temp_bytes,
-                "flops": compiled.flops,
+                "flops": flops,
                 "bytes_accessed": compiled.bytes_accessed,
             }
         return {
             "argument_bytes": self.memory.state_bytes,
             "temp_bytes": self.memory.gradients_bytes + self.memory.activations_bytes,
-            "flops": self.work.product_flops + self.work.attention_flops,
+            "flops": flops,
             "bytes_accessed": None,
         }
 
@@ -162,7 +163,7 @@ def make_plan(setup: Setup, topology: Topology, *, compile: bool = True) -> Plan
         setup=setup,
         topology=topology,
         memory=estimate_memory(setup),
-        work=count_work(setup, squares_of(setup)),
+        work=count_work(setup),
         compiled=compiled,
         prediction=_prediction(setup, topology, compiled),
     )

@@ -2,8 +2,9 @@
 
     step = products / (efficiency x peak) + traffic / bandwidth + exchanges that must be waited for
 
-Exchanges of weights and gradients hide behind the rest, as far as it is long enough; sums of
-activations do not. The efficiency is the model's one fitted number (planning/calibration.py).
+Exchanges that the compiled program runs beside products hide behind the rest, as far as that is
+long enough; the others are waited for. The efficiency is the model's one fitted number
+(planning/calibration.py).
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ from meshlm.planning.compiling import Compiled
 from meshlm.planning.links import transfer_s
 from meshlm.planning.setup import Setup
 from meshlm.planning.topology import Topology
-from meshlm.planning.work import Squares, Transfer, Work, count_work
+from meshlm.planning.work import FORMS, Transfer, Work, count_work
 
 # Share of the peak at which matrix products run: fitted to the four published runs of
 # planning/calibration.py, the same for every device.
-PRODUCT_EFFICIENCY = 0.78
+PRODUCT_EFFICIENCY = 0.8
 # Rows and columns of a chip's matrix unit where they are not 128. Source: Google's TPU v6e pages.
 _UNIT_WIDTHS = {"TPU v6 lite": 256, "TPU v6e": 256, "TPU7x": 256}
 _UNIT_WIDTH = 128
@@ -57,16 +58,11 @@ def predict(setup: Setup, topology: Topology, compiled: Compiled | None = None) 
     Raises:
         UsageError: the device's peak or bandwidth is not known.
     """
-    work = count_work(setup, squares_of(setup))
+    work = count_work(setup)
     by_compiler = compiled is not None and compiled.fits
     if compiled is not None and by_compiler:
         work = _from_compiled(setup, work, compiled, topology.facts)
     return predict_work(setup, topology, work, from_compiler=by_compiler)
-
-
-def squares_of(setup: Setup) -> Squares:
-    """Returns whether attention keeps its squares in memory or is a kernel that has none."""
-    return "stored"
 
 
 def _from_compiled(setup: Setup, work: Work, compiled: Compiled, facts: DeviceFacts) -> Work:
@@ -75,24 +71,38 @@ def _from_compiled(setup: Setup, work: Work, compiled: Compiled, facts: DeviceFa
     Of the traffic of products only what they do not hide counts.
     """
     peak, bandwidth = _known(facts)
-    waited = {*setup.rules.heads, *setup.rules.vocab}
+    summed = {*setup.rules.heads, *setup.rules.vocab}
     transfers = tuple(
         Transfer(
             op=found.op,
             axes=found.axes,
             bytes=found.bytes,
             count=found.count,
-            hidden=not set(found.axes) <= waited,
+            of="activations" if set(found.axes) <= summed else "weights",
+            overlapped=found.overlapped,
         )
         for found in compiled.collectives
     )
     beside = (max(0.0, t.bytes - t.flops * bandwidth / peak) for t in compiled.traffic)
     return dataclasses.replace(
         work,
-        product_flops=compiled.flops - work.attention_flops,
+        product_flops=compiled.flops - (0.0 if _is_kernel(setup) else work.attention_flops),
         traffic_bytes=math.fsum(beside) if compiled.traffic else work.traffic_bytes,
         transfers=transfers,
     )
+
+
+def _is_kernel(setup: Setup) -> bool:
+    """True where attention is a kernel, of whose FLOPs the compiled program does not tell."""
+    return not FORMS[setup.step.compute.attention].stores_scores
+
+
+def executed_flops(setup: Setup, work: Work, compiled: Compiled | None) -> float:
+    """Returns the FLOPs of all products on one device: the compiler's, with the formula's for a
+    kernel, or the formula's."""
+    if compiled is None or not compiled.fits:
+        return work.product_flops + work.attention_flops
+    return compiled.flops + (work.attention_flops if _is_kernel(setup) else 0.0)
 
 
 def predict_work(
@@ -153,9 +163,24 @@ def _exchanges(
         seconds = transfer.count * (one or 0.0)
         name = _axes_name(transfer.axes)
         by_axes[name] = by_axes.get(name, 0.0) + seconds
-        hidden_s += seconds if transfer.hidden else 0.0
-        waited_s += 0.0 if transfer.hidden else seconds
+        if _is_hidden(transfer, topology.facts):
+            hidden_s += seconds
+        else:
+            waited_s += seconds
     return by_axes, hidden_s, waited_s
+
+
+def _is_hidden(transfer: Transfer, facts: DeviceFacts) -> bool:
+    """True where an exchange runs beside products: the compiled program says which.
+
+    By formula, as programs come out where nobody sets the compiler's flags: those for v2 and v3
+    wait for every exchange, those of later TPUs for all but the gathering of weights.
+    """
+    if transfer.overlapped is not None:
+        return transfer.overlapped
+    if facts.platform == "tpu":
+        return transfer.of == "weights" and facts.kind not in ("TPU v2", "TPU v3")
+    return transfer.of != "activations"
 
 
 def _axes_name(axes: Axes) -> str:
@@ -170,7 +195,8 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
         f"FLOPs, memory traffic and exchanges from {source}",
         f"products at {PRODUCT_EFFICIENCY:.0%} of {peak / 1e12:,.1f} TFLOP/s a device",
         f"memory at {bandwidth / 1e9:,.0f} GB/s",
-        "exchanges of weights and gradients hide behind products, those of activations do not",
+        "exchanges hide behind products where the compiler overlaps them: "
+        + ("as compiled" if from_compiler else _overlaps(facts)),
     ]
     link = topology.interconnect.link_bytes_per_s
     if link is None and topology.num_devices > 1:
@@ -180,3 +206,9 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
     if facts.platform != "tpu":
         lines.append("the efficiency was fitted to TPUs alone")
     return tuple(lines)
+
+
+def _overlaps(facts: DeviceFacts) -> str:
+    if facts.platform != "tpu":
+        return "those of weights and gradients"
+    return "none on v2 and v3" if facts.kind in ("TPU v2", "TPU v3") else "those of weights"

@@ -17,6 +17,8 @@ _MOST_PARTS = 64
 _ROWS = (1, 2, 4, 8, 16)
 # Compiles that the search for a setup that fits may take: each is a minute or more.
 _MOST_TRIES = 2
+# Compiles that a search may take for each plan that is to come out compiled.
+_MOST_COMPILED = 2
 
 
 def search(
@@ -33,8 +35,8 @@ def search(
         setup: where mesh, rules, remat, parts are to be replaced; the batch stays.
         topology: the devices, all of which are used.
         batch_is_open: try batch sizes too.
-        compile_best: how many of the best by formula to compile; they come first, by what the
-            compiler says, without those that do not fit.
+        compile_best: how many of the best to have compiled; they come first, by what the compiler
+            says. Those that it finds no room for are left out.
         tell: takes a line on what goes on.
 
     Raises:
@@ -52,12 +54,16 @@ def search(
         )
     if not (compile_best and topology.compiles):
         return ranked
-    compiled = []
-    for rank, plan in enumerate(ranked[:compile_best], 1):
-        tell(f"compiling {rank} of {min(compile_best, len(ranked))}: {describe_setup(plan.setup)}")
-        compiled.append(make_plan(plan.setup, topology))
-    good = sorted((plan for plan in compiled if plan.fits), key=_seconds_a_token)
-    return good + ranked[compile_best:]
+    good: list[Plan] = []
+    tried = 0
+    for plan in ranked[: _MOST_COMPILED * compile_best]:
+        if len(good) == compile_best:
+            break
+        tried += 1
+        tell(f"compiling {len(good) + 1} of {compile_best}: {describe_setup(plan.setup)}")
+        found = make_plan(plan.setup, topology)
+        good += [found] if found.fits else []
+    return sorted(good, key=_seconds_a_token) + ranked[tried:]
 
 
 def nearest_that_fits(plan: Plan, *, compile: bool = True) -> Plan | None:

@@ -11,26 +11,79 @@ from typing import Literal
 import jax
 
 from meshlm.core.sharding import AXES, Axes
+from meshlm.model.compute import Remat
 from meshlm.model.params import describe
-from meshlm.planning.memory import elements, layer_elements, part_tokens, widths
+from meshlm.ops.fast_attention import AttentionName
+from meshlm.planning.memory import elements, layer_elements, part_tokens, stretch, widths
 from meshlm.planning.setup import Setup
+from meshlm.planning.topology import Topology
 
-# How a row of queries meets its keys: all squares in memory, or a kernel that keeps none.
-Squares = Literal["stored", "kernel"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionForm:
+    """What a form of attention computes (ops/fast_attention.py). A product is of all queries with
+    their keys, or of all weights with their values."""
+
+    backward: int
+    """Products of the backward pass; a form that keeps no scores computes them again in it."""
+    again: dict[Remat, int]
+    """Products that recomputing a layer adds: those of results that were not kept."""
+    chunk: int | None = None
+    """Keys that are skipped together where a query sees none of them; None: no key is skipped."""
+    most_chunks: int | None = None
+    """In longer sequences the chunks are longer."""
+    stores_scores: bool = False
+    """Scores and weights pass through memory."""
+
+    def keys(self, length: int) -> float:
+        """Returns the keys that a query meets, on average."""
+        if self.chunk is None:
+            return length
+        chunk = max(self.chunk, -(-length // self.most_chunks) if self.most_chunks else 0)
+        return (length + min(chunk, length)) / 2
+
+
+_KEPT: dict[Remat, int] = {"none": 0, "minimal": 0, "full": 2}
+_SCORES_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 1, "full": 2}
+FORMS: dict[AttentionName, AttentionForm] = {
+    "plain": AttentionForm(backward=4, again=_SCORES_AGAIN, stores_scores=True),
+    "chunked": AttentionForm(backward=5, again=_KEPT, chunk=256, most_chunks=8, stores_scores=True),
+    # Two kernels go backward, one for queries and one for keys and values; both need the scores.
+    "splash": AttentionForm(backward=7, again=_KEPT, chunk=512),
+    "cudnn": AttentionForm(backward=5, again=_KEPT, chunk=128),
+}
+
+
+def best_attention(topology: Topology, head_dim: int) -> AttentionName:
+    """Returns the form of attention that a run chooses on these devices.
+
+    A run finds it by compiling each (`ops.fast_attention.choose_attention`); what then comes out is
+    known: the TPUs' kernel knows no v2 and v3 and no other heads than of whole lanes, cuDNN's no
+    heads above 128 before Hopper.
+    """
+    platform, kind = topology.facts.platform, topology.device_kind
+    if platform == "cpu":
+        return "plain"
+    if platform == "tpu":
+        return "splash" if kind not in ("TPU v2", "TPU v3") and head_dim % 128 == 0 else "chunked"
+    return "chunked" if "A100" in kind and head_dim > 128 else "cudnn"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passes:
     """Times that a float32 array is written or read outside of the products, a layer and token.
 
-    Counted in steps compiled for v3 and v5e (JAX 0.12, full remat), squares with theirs: 12 to 21
-    passes of the residual stream, 54 to 60 of the heads, 10 to 12 of the attention's squares.
+    Counted in steps compiled for v3 and v5e (JAX 0.12, full remat), scores with theirs: 12 to 21
+    passes of the residual stream, 54 to 60 of the heads, 10 to 12 of the attention's scores.
     """
 
     stream: float = 16
     heads: float = 56
-    squares: float = 11
+    scores: float = 11
     logits: float = 6
+
+
+PASSES = Passes()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +96,9 @@ class Transfer:
     """The whole array on one device, as in `Collective`."""
     count: float
     """Executions in a step."""
-    hidden: bool
-    """Of weights or gradients, which nothing waits for if they come in time; not of activations."""
+    of: Literal["weights", "gradients", "activations"]
+    overlapped: bool | None = None
+    """It runs beside products; None where no compiled program tells."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,13 +116,19 @@ class Work:
     transfers: tuple[Transfer, ...]
 
 
-def count_work(setup: Setup, squares: Squares = "stored", passes: Passes | None = None) -> Work:
-    """Returns what one step does on one device, by formula."""
+def count_work(setup: Setup, form: AttentionForm | None = None) -> Work:
+    """Returns what one step does on one device, by formula.
+
+    Args:
+        setup: the step.
+        form: of attention; None takes the step's own.
+    """
+    form = form or FORMS[setup.step.compute.attention]
     return Work(
         product_flops=_product_flops(setup),
-        attention_flops=_attention_flops(setup, squares),
+        attention_flops=_attention_flops(setup, form),
         head_dim=setup.step.model.head_dim,
-        traffic_bytes=_traffic(setup, squares, passes or Passes()),
+        traffic_bytes=_traffic(setup, form),
         transfers=tuple(t for t in _transfers(setup) if setup.mesh.shards(t.axes) > 1 and t.count),
     )
 
@@ -87,28 +147,26 @@ def _product_flops(setup: Setup) -> float:
     layer = stream * (4 * heads + 2 * ff)
     again = stream * (3 * heads + ff) if remat == "full" else 0
     head = elements(describe(model).head, setup, gathered=True)
-    return 2.0 * _tokens(setup) * (model.num_layers * (3 * layer + again) + 3 * head)
+    # Logits of a stretch of the sequence are made again backward.
+    of_head = 3 if stretch(setup) == setup.seq_len else 4
+    return 2.0 * _tokens(setup) * (model.num_layers * (3 * layer + again) + of_head * head)
 
 
-def _attention_flops(setup: Setup, squares: Squares) -> float:
-    """Two products forward and four backward, five in a kernel that has the squares no more.
-
-    With stored squares every query meets every key, in a kernel half of them.
-    """
+def _attention_flops(setup: Setup, form: AttentionForm) -> float:
+    """Two products forward; backward as many as the form takes."""
     _, heads, _ = widths(setup)
-    again = 0 if setup.step.compute.remat == "none" else 2
-    products = again + (6 if squares == "stored" else 7)
-    keys = setup.seq_len if squares == "stored" else setup.seq_len / 2
-    return 2.0 * _tokens(setup) * setup.step.model.num_layers * products * keys * heads
+    model, keys = setup.step.model, form.keys(setup.seq_len)
+    products = 2 + form.backward + form.again[setup.step.compute.remat]
+    return 2.0 * _tokens(setup) * model.num_layers * products * keys * heads
 
 
-def _traffic(setup: Setup, squares: Squares, passes: Passes) -> float:
-    model, parts = setup.step.model, setup.step.accumulate
+def _traffic(setup: Setup, form: AttentionForm) -> float:
+    model, parts, passes = setup.step.model, setup.step.accumulate, PASSES
     stream, heads, _ = widths(setup)
     vocab = elements(describe(model).head, setup, gathered=True) / model.d_model
     token = passes.stream * stream + passes.heads * heads
-    if squares == "stored":
-        token += passes.squares * heads / model.head_dim * setup.seq_len
+    if form.stores_scores:
+        token += passes.scores * heads / model.head_dim * form.keys(setup.seq_len)
     activations = _tokens(setup) * (model.num_layers * token + passes.logits * vocab)
     # The optimizer reads and writes weights and two moments and reads the gradient twice, once for
     # its norm; each part's gradient is read, and read and written where it is added.
@@ -129,14 +187,20 @@ def _of_weights(setup: Setup) -> tuple[Transfer, ...]:
     gathers = 1 if setup.step.compute.remat == "none" else 2
     layer, head = layer_elements(setup), elements(describe(model).head, setup, gathered=True)
 
-    def of(op: str, size: float, count: float) -> Transfer:
-        return Transfer(op=op, axes=axes, bytes=size, count=count, hidden=True)
+    def gather(size: float, count: float) -> Transfer:
+        size *= _operand(setup)
+        return Transfer(op="all-gather", axes=axes, bytes=size, count=count, of="weights")
+
+    def reduce(size: float, count: float) -> Transfer:
+        return Transfer(
+            op="reduce-scatter", axes=axes, bytes=4.0 * size, count=count, of="gradients"
+        )
 
     return (
-        of("all-gather", _operand(setup) * layer, parts * gathers * model.num_layers),
-        of("reduce-scatter", 4.0 * layer, parts * model.num_layers),
-        of("all-gather", _operand(setup) * head, parts),
-        of("reduce-scatter", 4.0 * head, parts),
+        gather(layer, parts * gathers * model.num_layers),
+        reduce(layer, parts * model.num_layers),
+        gather(head, parts),
+        reduce(head, parts),
     )
 
 
@@ -152,9 +216,9 @@ def _of_embedding(setup: Setup) -> tuple[Transfer, ...]:
     joined = tuple(axis for axis in rules.table_embed if axis not in rules.embed)
     looked_up = 4.0 * part_tokens(setup) * setup.step.model.d_model
     return (
-        Transfer(op="all-gather", axes=axes, bytes=table, count=parts, hidden=True),
-        Transfer(op="reduce-scatter", axes=axes, bytes=table, count=parts, hidden=True),
-        Transfer(op="all-gather", axes=joined, bytes=looked_up, count=parts, hidden=False),
+        Transfer(op="all-gather", axes=axes, bytes=table, count=parts, of="weights"),
+        Transfer(op="reduce-scatter", axes=axes, bytes=table, count=parts, of="gradients"),
+        Transfer(op="all-gather", axes=joined, bytes=looked_up, count=parts, of="activations"),
     )
 
 
@@ -164,14 +228,14 @@ def _of_activations(setup: Setup) -> tuple[Transfer, ...]:
     stream = part_tokens(setup) * setup.step.model.d_model
     backward = _operand(setup) * stream
     return (
-        Transfer(op="all-reduce", axes=axes, bytes=4.0 * stream, count=count, hidden=False),
-        Transfer(op="all-reduce", axes=axes, bytes=backward, count=count, hidden=False),
+        Transfer(op="all-reduce", axes=axes, bytes=4.0 * stream, count=count, of="activations"),
+        Transfer(op="all-reduce", axes=axes, bytes=backward, count=count, of="activations"),
         Transfer(
             op="all-reduce",
             axes=setup.rules.vocab,
             bytes=backward,
             count=setup.step.accumulate,
-            hidden=False,
+            of="activations",
         ),
     )
 
@@ -182,7 +246,7 @@ def _of_copies(setup: Setup) -> tuple[Transfer, ...]:
     axes = tuple(axis for axis in AXES if axis in rules.batch and axis not in rules.embed)
     weights = jax.tree.leaves(describe(setup.step.model))
     own = 4.0 * sum(elements(weight, setup) for weight in weights)
-    return (Transfer(op="all-reduce", axes=axes, bytes=own, count=1, hidden=True),)
+    return (Transfer(op="all-reduce", axes=axes, bytes=own, count=1, of="gradients"),)
 
 
 def wire_bytes(op: str, size: float, group: int) -> float:
