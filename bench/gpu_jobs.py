@@ -121,25 +121,47 @@ def parity_meshlm(job: Json) -> Json:
 
     import jax
 
-    from meshlm.core.sharding import MeshConfig
-    from meshlm.model.compute import choose_compute
+    from meshlm.model.compute import Compute
     from meshlm.model.config import ModelConfig
     from meshlm.step import StepConfig
 
-    model = ModelConfig(**job["model"])
-    exact = StepConfig(
-        model=model,
-        optimizer=_optimizer("adamw"),
-        compute=choose_compute(model, MeshConfig(), dtype="float32"),
-    )
-    half = dataclasses.replace(exact, compute=choose_compute(model, MeshConfig()))
+    model, optimizer = ModelConfig(**job["model"]), _optimizer("adamw")
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
-    wanted = _passes(cpu, exact, job, "highest")
+    plain = StepConfig(model=model, optimizer=optimizer, compute=Compute(dtype="float32"))
+    exact, half = (
+        dataclasses.replace(plain, compute=_compute(model, job, device, dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    wanted = _passes(cpu, plain, job, "highest")
     ways = {"float32": (exact, "highest"), "default": (exact, "default"), "bfloat16": (half, None)}
     return {
-        name: _differences(_passes(device, config, job, precision), wanted)
+        name: {
+            "attention": config.compute.attention,
+            **_differences(_passes(device, config, job, precision), wanted),
+        }
         for name, (config, precision) in ways.items()
     }
+
+
+def _compute(
+    model: Any, job: Json, device: Any, *, dtype: Any = "bfloat16", remat: Any = None
+) -> Any:
+    """How `meshlm train` computes this model on this device."""
+    import dataclasses
+
+    from meshlm.core.sharding import MeshConfig, make_mesh
+    from meshlm.model.compute import choose_compute
+    from meshlm.ops.fast_attention import choose_attention
+
+    attention = choose_attention(
+        make_mesh(devices=[device]),
+        length=job["seq_len"],
+        head_dim=model.head_dim,
+        dtype=dtype,
+        documents=False,
+    )
+    chosen = choose_compute(model, MeshConfig(), dtype=dtype, remat=remat)
+    return dataclasses.replace(chosen, attention=attention)
 
 
 def _passes(device: Any, config: Any, job: Json, precision: str | None) -> Json:
@@ -228,7 +250,6 @@ def _train_meshlm(job: Json, candidate: Json) -> Json:
     import jax
 
     from meshlm.core.sharding import MeshConfig, make_mesh, use_mesh
-    from meshlm.model.compute import choose_compute
     from meshlm.model.config import ModelConfig
     from meshlm.planning.memory import estimate_memory
     from meshlm.planning.setup import Setup
@@ -236,14 +257,14 @@ def _train_meshlm(job: Json, candidate: Json) -> Json:
 
     mesh, model = make_mesh(devices=jax.devices()[:1]), ModelConfig(**job["model"])
     with use_mesh(mesh):
-        compute = choose_compute(model, MeshConfig(), remat=candidate["remat"])
+        compute = _compute(model, job, jax.devices()[0], remat=candidate["remat"])
         config = StepConfig(
             model=model, optimizer=_optimizer(candidate["optimizer"]), compute=compute
         )
         rows = candidate["batch_size"]
         setup = Setup(step=config, mesh=MeshConfig(), batch_size=rows, seq_len=job["seq_len"])
         estimated = estimate_memory(setup).total_bytes
-        found = {"estimated_bytes": estimated, "attention": getattr(compute, "attention", None)}
+        found = {"estimated_bytes": estimated, "attention": compute.attention}
         if estimated > MEMORY_SHARE * job["memory_bytes"]:
             return {**found, "outcome": "does not fit by the formula"}
         state, step = jax.jit(lambda: init_state(config, 0))(), compile_train_step(config)
