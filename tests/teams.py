@@ -54,6 +54,7 @@ class Team:
         absent: Sequence[int] = (),
         port: int | None = None,
         reads: bool = False,
+        small_files_of: int | None = None,
     ) -> None:
         address = f"127.0.0.1:{free_port() if port is None else port}"
         self.running: dict[int, subprocess.Popen[bytes]] = {}
@@ -67,6 +68,8 @@ class Team:
                 log = folder / f"reads-{number}"
                 words = [str(HERE / "reading_meshlm.py"), str(log), *command[1:]]
                 command = [sys.executable, *words]
+            if number == small_files_of:  # as on a disk that is full
+                command = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command]
             environment = {
                 **CommandLine.environment(devices),
                 "JAX_COORDINATOR_ADDRESS": address,

@@ -257,6 +257,24 @@ def test_a_save_that_fails_in_one_is_known_to_both(team, store, tmp_path, undist
     assert_same_run(run, undisturbed, STEPS)
 
 
+@pytest.mark.long
+def test_a_process_that_cannot_write_its_part_holds_nobody_up(team, store, tmp_path, undisturbed):
+    """Orbax would wait for that part for hours; training goes on without it."""
+    run = tmp_path / "run"
+    options = train(store, run, *mesh(data=2), "--checkpoint-every", "6")
+    uncached = {1: {"JAX_COMPILATION_CACHE_DIR": ""}}
+    ended = team(*options, env_of=uncached, small_files_of=1).wait()
+    assert [process.code for process in ended] == [1, 1], ended
+    assert len(lines(run)) == STEPS
+    assert "in another process, checkpoint of step 6 was not saved" in ended[0].out
+    assert "checkpoint of step 12 was not saved" in ended[0].said
+    assert checkpoint.complete_steps(run / "checkpoints") == []
+    again = team(*options).wait()
+    assert [process.code for process in again] == [0, 0], again
+    for one, two in zip(lines(run), lines(undisturbed), strict=True):
+        assert one["loss"] == two["loss"]
+
+
 def test_launch_local(cli, compiled, store, tmp_path, alone):
     run = tmp_path / "run"
     options = train(store, run, *EXACT, "--eval-every", "6", *mesh(data=4))

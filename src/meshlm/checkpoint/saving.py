@@ -39,9 +39,11 @@ from meshlm.checkpoint.manifest import (
     write_file,
 )
 from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.core.processes import heard, tell
 
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _TIMEOUT_S = 4 * 60 * 60
+_LOOK_S, _GRACE_S = 1.0, 10.0
 MAX_CHUNK_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Checkpointer:
         self._keep_every = keep_every
         self._is_stacked = is_stacked
         self._thread: threading.Thread | None = None
+        self._given_up: set[threading.Thread] = set()
+        self._saves = 0
         self._unreported: MeshLMError | None = None
         self.last_error: MeshLMError | None = None
         """Why the last finished save failed; None once a later one has succeeded."""
@@ -151,6 +155,7 @@ class Checkpointer:
         with context:
             response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
         infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
+        self._saves += 1
         finish = functools.partial(self._commit, step, response, infos, files)
         self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}", daemon=True)
         self._thread.start()
@@ -170,10 +175,13 @@ class Checkpointer:
                 self._write_rest(step, arrays, files)
             self.last_error = None
         except Exception as error:
+            if threading.current_thread() in self._given_up:
+                return
             if jax.process_index() == 0:
                 remove_tree(saving_path(self._folder, step))
             self.last_error = self._unreported = _not_saved(step, error)
             self.last_error.__cause__ = error
+            tell(self._failure_key(), str(self.last_error))
             return
         if jax.process_index() == 0:
             self._apply_retention(step)
@@ -204,7 +212,7 @@ class Checkpointer:
         thread, self._thread = self._thread, None
         if thread is None:
             return None
-        thread.join()
+        self._join(thread)
         error, self._unreported = self._unreported, None
         if jax.process_count() > 1:
             failed = multihost_utils.process_allgather(np.asarray(error is not None))
@@ -212,6 +220,24 @@ class Checkpointer:
                 error = MeshLMError("a checkpoint failed in another process; see its log")
                 self.last_error = error
         return error
+
+    def _join(self, thread: threading.Thread) -> None:
+        """Waits for a save; no longer where another process has failed to write its part.
+
+        Orbax would wait for that part, and training with it, for hours.
+        """
+        while thread.is_alive():
+            thread.join(_LOOK_S)
+            reason = heard(self._failure_key()) if thread.is_alive() else None
+            if reason is not None:
+                thread.join(_GRACE_S)
+            if reason is not None and thread.is_alive():
+                self._given_up.add(thread)
+                self.last_error = self._unreported = MeshLMError(f"in another process, {reason}")
+                return
+
+    def _failure_key(self) -> str:
+        return f"checkpoint-{self._saves}"
 
 
 def failpoint(name: str) -> None:

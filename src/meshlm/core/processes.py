@@ -157,6 +157,23 @@ def share(value: Callable[[], str]) -> str:
     return _client().blocking_key_value_get(key, _LONG_MS)
 
 
+def tell(name: str, text: str) -> None:
+    """Leaves a text for the other processes under a name; the first to use a name is heard."""
+    if _watch is not None:
+        with contextlib.suppress(_jax_error()):
+            _client().key_value_set(f"meshlm/told/{name}", text)
+
+
+def heard(name: str) -> str | None:
+    """Returns the text that a process has left under a name, or None so far."""
+    if _watch is None:
+        return None
+    try:
+        return _client().key_value_try_get(f"meshlm/told/{name}")
+    except _jax_error():
+        return None
+
+
 class Stop:
     """Agrees on the step after which all stop, where one has been told to.
 
