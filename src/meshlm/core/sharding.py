@@ -93,11 +93,21 @@ def target_platform() -> str:
     return _platform.value or jax.default_backend()
 
 
+def use_rules(rules: Rules) -> contextlib.AbstractContextManager[Any]:
+    """Enters rules, for what is asked of them before there is a mesh."""
+    return _rules(rules)
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
-    """Enters a mesh and the rules by which arrays are split over it (`fsdp-tensor`)."""
+    """Enters a mesh and the rules by which arrays are split over it.
+
+    Args:
+        mesh: of devices that are here, or that are only compiled for.
+        rules: None keeps those that are entered (`fsdp-tensor`, if none were).
+    """
     platform = mesh.devices.flat[0].platform
-    with jax.set_mesh(mesh), _rules(rules or DEFAULT_RULES), _platform(platform):
+    with jax.set_mesh(mesh), use_rules(rules or current_rules()), _platform(platform):
         yield
 
 
@@ -149,6 +159,22 @@ def make_mesh(
         )
     placed = place_devices(shape, devices[: config.num_devices])
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+# The axis that takes all devices where a mesh is not given.
+_WIDEST = {"data": "replica", "tensor": "model"}
+
+
+def whole_mesh(name: ShardingName, devices: Sequence[Any]) -> MeshConfig:
+    """Returns the mesh of all devices that rules are meant for.
+
+    Whole copies take the axis `replica`, tensor parallelism `model`, everything else `data`, with
+    a copy in each slice (devices with fast links among themselves) for `replica-fsdp`.
+    """
+    if name == "replica-fsdp":
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        return MeshConfig(replica=slices, data=len(devices) // slices)
+    return MeshConfig(**{_WIDEST.get(name, "data"): len(devices)})
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:

@@ -7,6 +7,7 @@ must be what the run has.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +16,19 @@ from tyro.conf import OmitArgPrefixes
 from meshlm.core.config import from_dict
 from meshlm.core.errors import UsageError
 from meshlm.core.place import ProcessConfig
-from meshlm.core.sharding import MeshConfig, current_rules
+from meshlm.core.sharding import (
+    DEFAULT_RULES,
+    RULES,
+    MeshConfig,
+    Rules,
+    ShardingName,
+    current_rules,
+    whole_mesh,
+)
 from meshlm.model.compute import Remat, choose_compute
 from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
 from meshlm.model.params import check_divides, count_params
+from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
 from meshlm.step import StepConfig
 
@@ -82,6 +92,12 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] | None = None
     """Operands of the matrix products; weights and sums are float32. [bfloat16]"""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    sharding: ShardingName | None = None
+    """How batch and weights are split over the mesh (docs/parallelism.md); given without --mesh.*,
+    it takes all devices. [fsdp-tensor]"""
+    attention: AttentionName | None = None
+    """Form of attention. [the fastest that compiles on these devices: splash, cudnn, else chunked;
+    plain on a CPU]"""
     remat: Remat | None = None
     """What is computed again to save memory. [none; minimal with --mesh.data; full from 1e9]"""
     checkpoint_every: int = 200
@@ -123,6 +139,17 @@ class TrainConfig:
             raise UsageError("--clip-norm 0: give more than 0; 1e9 turns clipping off")
         if self.sample_every and not self.sample_prompts:
             raise UsageError("--sample-prompts is empty: give a text, or --sample-every 0")
+
+    @property
+    def rules(self) -> Rules:
+        """How arrays are split over the mesh."""
+        return RULES[self.sharding] if self.sharding else DEFAULT_RULES
+
+    def on_devices(self, devices: Sequence[Any]) -> "TrainConfig":
+        """Returns it with a mesh of all devices where the way to split is given and no mesh."""
+        if self.sharding is None or self.mesh != MeshConfig():
+            return self
+        return dataclasses.replace(self, mesh=whole_mesh(self.sharding, devices))
 
 
 # What the devices count with: a step is an int32, a seed a uint32.
@@ -199,9 +226,12 @@ class RunConfig:
         """The step that the run begins after."""
         return self.origin.step or 0 if self.origin is not None and self.origin.goes_on else 0
 
-    def step_config(self, remat: Remat | None, mesh: MeshConfig) -> StepConfig:
+    def step_config(
+        self, remat: Remat | None, mesh: MeshConfig, attention: AttentionName = "plain"
+    ) -> StepConfig:
         """Returns what the compiled step depends on."""
         compute = choose_compute(self.model, mesh, dtype=self.compute_dtype, remat=remat)
+        compute = dataclasses.replace(compute, attention=attention)
         return StepConfig(
             model=self.model,
             optimizer=self.optimizer,

@@ -21,7 +21,7 @@ from meshlm.checkpoint.folder import steps_in
 from meshlm.core import processes
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import device_facts
-from meshlm.core.sharding import use_mesh
+from meshlm.core.sharding import use_mesh, use_rules
 from meshlm.core.tree import from_named, to_named
 from meshlm.data.loader import BatchSource
 from meshlm.data.store import TokenStore
@@ -34,6 +34,7 @@ from meshlm.step import (
     TrainState,
     abstract_state,
     compile_train_step,
+    num_micro_batches,
 )
 from meshlm.training.announcing import announce
 from meshlm.training.batches import local_rows, to_device
@@ -52,7 +53,7 @@ from meshlm.training.run_folder import (
 )
 from meshlm.training.saved import saved_files, saved_noise
 from meshlm.training.signals import StopSignals
-from meshlm.training.start import held_folder, refuse_other_options, resolve
+from meshlm.training.start import held_folder, pick_attention, refuse_other_options, resolve
 from meshlm.training.validation import Validator, check_sample_prompts, sample_texts
 
 _MAX_SKIPPED_IN_A_ROW = 10
@@ -83,7 +84,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """
     processes.join(config.processes)
     try:
-        with held_folder(config):
+        config = config.on_devices(jax.devices())
+        with use_rules(config.rules), held_folder(config):
             record, stores, mesh = processes.together(lambda: resolve(config))
             refuse_other_options(config, record)
             with use_mesh(mesh):
@@ -131,8 +133,9 @@ class _Run:
             seed=record.seed,
             document_mask=record.document_mask,
         )
-        self.step_config = record.step_config(config.remat, config.mesh)
-        self.setup = setup_of_run(record, config.mesh, config.remat)
+        attention = pick_attention(config, record, mesh)
+        self.setup = setup_of_run(record, config.mesh, config.remat, attention)
+        self.step_config = self.setup.step
         self.validator = Validator(stores, record, self.step_config, mesh, config.eval_tokens)
         self.abstract = abstract_state(self.step_config, mesh)
         self.checkpoints = config.run / CHECKPOINTS_FOLDER
@@ -315,7 +318,7 @@ class _Run:
             micro_norm_squared=float(metrics.micro_grad_square),
             macro_norm_squared=float(metrics.grad_norm) ** 2,
             batch_size=self.record.batch_size,
-            accumulate=self.record.accumulate,
+            accumulate=num_micro_batches(self.step_config),
         )
         return {
             "loss": _finite(metrics.loss),

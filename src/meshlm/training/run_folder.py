@@ -41,6 +41,8 @@ def write_config(run: Path, record: RunConfig, options: TrainConfig) -> bytes:
 
 _FREE_OPTIONS = (
     "mesh",
+    "sharding",
+    "attention",
     "remat",
     "checkpoint_every",
     "keep",

@@ -17,6 +17,7 @@ from meshlm.core.sharding import make_mesh
 from meshlm.data.loader import parse_mixture
 from meshlm.data.store import TokenStore
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.ops.fast_attention import AttentionName, check_attention, choose_attention
 from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, check_batch, new_run
 from meshlm.training.continuing import continued_run, first_difference
 from meshlm.training.lock import LOCK_NAME, RunLock
@@ -143,6 +144,26 @@ def resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.shard
     _check_everyone_has_part(mesh)
     check_memory(record, config.mesh)
     return record, stores, mesh
+
+
+def pick_attention(
+    config: TrainConfig, record: RunConfig, mesh: jax.sharding.Mesh
+) -> AttentionName:
+    """Returns the form of attention that was asked for, or the best that these devices can do.
+
+    Raises:
+        UsageError: the one that was asked for does not compile.
+    """
+    facts = {
+        "length": record.seq_len,
+        "head_dim": record.model.head_dim,
+        "dtype": record.compute_dtype,
+        "documents": record.document_mask,
+    }
+    if config.attention is None:
+        return choose_attention(mesh, **facts)
+    check_attention(config.attention, mesh, **facts)
+    return config.attention
 
 
 def _check_everyone_has_part(mesh: jax.sharding.Mesh) -> None:
