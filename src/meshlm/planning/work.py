@@ -34,6 +34,8 @@ class AttentionForm:
     """In longer sequences the chunks are longer."""
     stores_scores: bool = False
     """Scores and weights pass through memory."""
+    passes: float = 56
+    """Times that an array as wide as all heads is written or read, rotary embedding included."""
 
     def keys(self, length: int) -> float:
         """Returns the keys that a query meets, on average."""
@@ -49,7 +51,8 @@ FORMS: dict[AttentionName, AttentionForm] = {
     "plain": AttentionForm(backward=4, again=_SCORES_AGAIN, stores_scores=True),
     "chunked": AttentionForm(backward=5, again=_KEPT, chunk=256, most_chunks=8, stores_scores=True),
     # Two kernels go backward, one for queries and one for keys and values; both need the scores.
-    "splash": AttentionForm(backward=7, again=_KEPT, chunk=512),
+    # Their sums of a row are written as wide as 128 lanes.
+    "splash": AttentionForm(backward=7, again=_KEPT, chunk=512, passes=90),
     "cudnn": AttentionForm(backward=5, again=_KEPT, chunk=128),
 }
 
@@ -74,11 +77,11 @@ class Passes:
     """Times that a float32 array is written or read outside of the products, a layer and token.
 
     Counted in steps compiled for v3 and v5e (JAX 0.12, full remat), scores with theirs: 12 to 21
-    passes of the residual stream, 54 to 60 of the heads, 10 to 12 of the attention's scores.
+    passes of the residual stream, 54 to 60 of the heads and 90 with the TPUs' kernel, 10 to 12 of
+    the attention's scores.
     """
 
     stream: float = 16
-    heads: float = 56
     scores: float = 11
     logits: float = 6
 
@@ -164,7 +167,7 @@ def _traffic(setup: Setup, form: AttentionForm) -> float:
     model, parts, passes = setup.step.model, setup.step.accumulate, PASSES
     stream, heads, _ = widths(setup)
     vocab = elements(describe(model).head, setup, gathered=True) / model.d_model
-    token = passes.stream * stream + passes.heads * heads
+    token = passes.stream * stream + form.passes * heads
     if form.stores_scores:
         token += passes.scores * heads / model.head_dim * form.keys(setup.seq_len)
     activations = _tokens(setup) * (model.num_layers * token + passes.logits * vocab)
