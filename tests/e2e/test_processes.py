@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from meshlm import checkpoint
-from runs import SMALL, assert_same_run, lines
+from runs import SMALL, assert_same_run, lines, wait_for_step
 from teams import Team
 
 pytestmark = pytest.mark.timeout(900)
@@ -134,7 +134,6 @@ def test_a_run_goes_on_in_other_teams(team, cli, compiled, store, tmp_path, alon
     """Written by four and read by one, and the other way: the same data, losses to tolerance."""
     run = tmp_path / "run"
     go_on = ("train", "--run", run, "--sample-every", "0", "--eval-every", "6")
-    begin = train(store, run, *EXACT, "--eval-every", "6")[:-2]
     begin = ("train", *SMALL, "--data", store, "--run", run, *EXACT, "--eval-every", "6")
     planned = ("--steps", str(STEPS), "--checkpoint-every", "4")
     four = team(*begin, *planned, *mesh(data=4), count=4)
@@ -145,8 +144,6 @@ def test_a_run_goes_on_in_other_teams(team, cli, compiled, store, tmp_path, alon
     after_four = lines(run)[-1]["step"]
     # One process alone, two more steps at least.
     one = cli.start(*go_on, *planned, env=compiled)
-    from runs import wait_for_step
-
     wait_for_step(run, after_four + 1, one)
     one.send_signal(signal.SIGTERM)
     one.communicate(timeout=120)
@@ -223,7 +220,7 @@ def test_who_is_missing_is_named(team, store, tmp_path):
 
 
 def test_a_mistake_ends_all_with_its_code(team, store, tmp_path):
-    """Told by both: a mesh without process 1, and options that are not the same."""
+    """Told by both: a mesh without process 1. Told at once: a port that is taken."""
     run = tmp_path / "run"
     ended = team(*train(store, run, *mesh(data=1))).wait()
     assert [process.code for process in ended] == [2, 2]
