@@ -245,16 +245,19 @@ def fleet(result: dict[str, Any]) -> str:
 
 def depths(result: dict[str, Any]) -> str:
     """How long compiling takes, by the number of layers."""
+    steps = [("MeshLM", "depth", plan) for plan in plans(result, "depth")]
+    steps += [("the original, unrolled", "original", plan) for plan in plans(result, "original")]
     rows = [
         [
+            name,
             str(plan["layers"]),
             f"{plan['lower_s']:.1f}",
             f"{plan['compile_s']:.0f}",
-            str(result["depth"]["cores"]),
+            str(result[section]["cores"]),
         ]
-        for plan in plans(result, "depth")
+        for name, section, plan in steps
     ]
-    return table(("layers", "traced in, s", "compiled in, s", "cores"), rows)
+    return table(("step", "layers", "traced in, s", "compiled in, s", "cores"), rows)
 
 
 # Each with the sections of a result that it is made from.
@@ -266,7 +269,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], tuple[str, ...]]] = {
     "times": (times, ("original", "ours")),
     "traffic": (traffic, ("original", "ours")),
     "fleet": (fleet, ("ours", "pods")),
-    "depths": (depths, ("depth",)),
+    "depths": (depths, ("original", "depth")),
 }
 
 
