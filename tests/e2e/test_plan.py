@@ -106,6 +106,18 @@ def test_this_machine_is_compiled_for(meshlm):
     assert found["predicted_mfu"] is None
 
 
+def test_a_run_tells_what_its_first_steps_were_next_to_the_plan(run_of_10):
+    lines = (run_of_10 / "log.txt").read_text().splitlines()
+    (told,) = [line for line in lines if "plan: " in line]
+    # There is no data sheet of a CPU; what was measured is said all the same.
+    assert "no step is predicted for cpu" in told
+    assert "GFLOP/s a device" in told
+    written = (run_of_10 / "metrics.jsonl").read_text().splitlines()
+    metrics = [line for line in map(json.loads, written) if "step_s" in line]
+    measured = sorted(line["step_s"] for line in metrics[2:7])[2]
+    assert f"measured {measured:.3g} s" in told
+
+
 @pytest.mark.long
 def test_a_pod_is_compiled_for(meshlm):
     pytest.importorskip("libtpu")
