@@ -53,6 +53,35 @@ def test_losses_are_those_of_one_device(meshlm, store, tmp_path, on_one_device, 
     assert_close(run, on_one_device)
 
 
+@pytest.mark.parametrize(
+    ("rules", "mesh"),
+    [("data", "replica 8 x data 1"), ("fsdp", "replica 1 x data 8"), ("replica-fsdp", "data 8")],
+)
+def test_rules_alone_take_all_devices(meshlm, store, tmp_path, on_one_device, rules, mesh):
+    run = tmp_path / "run"
+    words = ("train", *SMALL, "--data", store, "--run", run, *OPTIONS, "--sharding", rules)
+    code, out, _ = meshlm(*words)
+    assert code == 0
+    assert mesh in out
+    assert f"split by the rules {rules}; float32 products, plain attention" in out
+    assert_close(run, on_one_device)
+
+
+def test_a_run_goes_on_by_other_rules_and_accumulates_on_copies(
+    meshlm, store, tmp_path, on_one_device
+):
+    """Two parts, whose gradients each of two copies adds up by itself, in both forms of attention."""
+    run, data = tmp_path / "run", ("--data", store)
+    first = ("train", *SMALL, *data, "--run", run, *OPTIONS, "--accumulate", "2", *mesh("2x2x2"))
+    assert meshlm(*first, "--sharding", "tensor", "--steps", "3")[0] == 0
+    words = ("train", "--run", run, "--sharding", "replica-fsdp", "--steps", "5")
+    assert meshlm(*words, "--mesh.replica", "2", "--attention", "chunked")[0] == 0
+    assert_close(run, on_one_device, first=4)
+    code, _, err = meshlm(*words, "--attention", "splash", "--steps", "6")
+    assert code == 2
+    assert "--attention splash: it does not compile for cpu" in err
+
+
 def test_a_run_goes_on_on_other_meshes(meshlm, tmp_path, on_one_device):
     run = tmp_path / "run"
     shutil.copytree(on_one_device, run)

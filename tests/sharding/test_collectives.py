@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from meshlm.core.sharding import sharding_of
+from meshlm.core.sharding import RULES, sharding_of, use_mesh
 from meshlm.model.params import abstract_params
 from meshlm.model.transformer import Compute, embed
+from meshlm.ops import loss
+from meshlm.planning.hlo import read_program
 from meshlm.step import StepBatch, loss_and_grads
 from tiny import DIVISIBLE, mesh_of, step_config
 
@@ -79,10 +81,10 @@ def everywhere(text: str) -> list[Collective]:
     return collectives(text.splitlines())
 
 
-def abstract_batch(mesh) -> StepBatch:
+def abstract_batch(mesh, num_rows: int = B) -> StepBatch:
     rows = sharding_of(mesh, "batch", None)
-    tokens = jax.ShapeDtypeStruct((B, T), "int32", sharding=rows)
-    mask = jax.ShapeDtypeStruct((B, T), "float32", sharding=rows)
+    tokens = jax.ShapeDtypeStruct((num_rows, T), "int32", sharding=rows)
+    mask = jax.ShapeDtypeStruct((num_rows, T), "float32", sharding=rows)
     return StepBatch(tokens=tokens, targets=tokens, loss_mask=mask, segment_ids=None)
 
 
@@ -123,6 +125,40 @@ def test_logits_are_never_gathered_over_the_vocabulary(sizes):
         for shape in c.shapes:
             is_logits = V in shape or V // model in shape
             assert not (is_logits and (rows in shape or T in shape or rows * T in shape)), c
+
+
+@functools.cache
+def accumulated(sizes: tuple[int, int, int], rules: str) -> tuple:
+    """What a step of two parts sends, its loss in stretches."""
+    mesh = mesh_of(*sizes)
+    config = step_config(CONFIG, compute=Compute(dtype="float32", remat="full"), accumulate=2)
+    with use_mesh(mesh, RULES[rules]):
+        program = jax.jit(lambda p, b: loss_and_grads(p, b, config)[:2])
+        lowered = program.lower(abstract_params(CONFIG, mesh), abstract_batch(mesh, 2 * B))
+        return read_program(lowered.compile().as_text(), dict(mesh.shape)).collectives
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules", "copies"),
+    [
+        ((2, 2, 2), "data", {"replica", "data", "model"}),
+        ((2, 2, 2), "fsdp-tensor", {"replica"}),
+        ((2, 1, 4), "tensor", {"replica"}),
+        ((2, 4, 1), "replica-fsdp", {"replica"}),
+    ],
+    ids=str,
+)
+def test_copies_add_their_accumulated_gradients_once(monkeypatch, sizes, rules, copies):
+    monkeypatch.setattr(loss, "STRETCH_ROWS", 2)
+    sent = [c for c in accumulated(sizes, rules) if copies & set(c.axes)]
+    assert sent
+    assert {c.count for c in sent} == {1}
+    shards = 1
+    for axis, size in zip(("replica", "data", "model"), sizes, strict=True):
+        shards *= 1 if axis in copies else size
+    own = sum(4 * weight.size for weight in jax.tree.leaves(abstract_params(CONFIG)))
+    # Weights in shards, whole vectors, and a few scalars.
+    assert own / shards <= sum(c.bytes for c in sent) <= 1.2 * own / shards + 64
 
 
 def lower_embed(mesh):

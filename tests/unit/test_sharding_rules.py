@@ -177,3 +177,58 @@ def test_an_axis_has_at_least_one_device(axis, size):
 def test_counts():
     config = MeshConfig(replica=2, data=3, model=5)
     assert (config.num_devices, config.shards(("replica", "data"))) == (30, 6)
+
+
+@pytest.mark.parametrize("name", sharding.RULES)
+def test_rules_never_give_two_dims_of_a_weight_the_same_axis(name):
+    with sharding.use_rules(sharding.RULES[name]):
+        for weight in jax.tree.leaves(describe(CONFIG)):
+            partition(*weight.dims, sizes=EVERY)
+            partition("batch", *weight.dims, sizes=EVERY, gathered=True)
+
+
+def test_rules_are_part_of_what_a_compiled_function_is_remembered_by():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        seen.append((sharding.current_rules().name, sharding.target_platform()))
+        return x
+
+    for name in ("fsdp", "tensor", "fsdp"):
+        with sharding.use_mesh(mesh_of(), sharding.RULES[name]):
+            f(jnp.ones(2))
+    assert seen == [("fsdp", "cpu"), ("tensor", "cpu")]
+
+
+@dataclasses.dataclass
+class Device:
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "wanted"),
+    [
+        ("data", 1, (8, 1, 1)),
+        ("fsdp", 1, (1, 8, 1)),
+        ("fsdp-tensor", 1, (1, 8, 1)),
+        ("tensor", 1, (1, 1, 8)),
+        ("replica-fsdp", 1, (1, 8, 1)),
+        ("replica-fsdp", 2, (2, 4, 1)),
+    ],
+)
+def test_the_mesh_of_all_devices(name, slices, wanted):
+    devices = [Device(i % slices) for i in range(8)]
+    found = sharding.whole_mesh(name, devices)
+    assert (found.replica, found.data, found.model) == wanted
+
+
+def test_axes_that_are_left_out_split_nothing():
+    with sharding.use_mesh(mesh_of(2, 2, 2), sharding.RULES["replica-fsdp"]):
+        assert sharding.copy_axes() == ("replica",)
+        assert sharding.shards_of("batch") == 8
+        with sharding.leave_out(("replica",)):
+            assert spec("batch", None) == P(("data", "model"), None)
+            assert sharding.shards_of("batch") == 4
+    with sharding.use_mesh(mesh_of(2, 2, 2), sharding.RULES["data"]):
+        assert sharding.copy_axes() == ("replica", "data", "model")
