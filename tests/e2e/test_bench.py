@@ -156,7 +156,7 @@ def check_gpu_result(result: dict, sides: list[str]) -> None:
         assert abs(trained["losses"][0] - math.log(512)) < 1
         for rows, found in result["decode"][side].items():
             assert found["tokens_per_s"] == pytest.approx(int(rows) / found["step_s"], rel=0.01)
-            # One layer's weights and the head; keys and values of 16 + 32 tokens a row; 2 bytes each.
+            # A layer and the head; keys and values of 16 + 32 tokens a row; 2 bytes each.
             read = 2 * (12 * 128 * 128 + 128 * 512) + int(rows) * 48 * 2 * 2 * 128
             assert found["bytes_per_step"] == read
 
