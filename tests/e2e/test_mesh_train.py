@@ -70,14 +70,18 @@ def test_rules_alone_take_all_devices(meshlm, store, tmp_path, on_one_device, ru
 def test_a_run_goes_on_by_other_rules_and_accumulates_on_copies(
     meshlm, store, tmp_path, on_one_device
 ):
-    """Two parts, whose gradients each of two copies adds up by itself, in both forms of attention."""
-    run, data = tmp_path / "run", ("--data", store)
-    first = ("train", *SMALL, *data, "--run", run, *OPTIONS, "--accumulate", "2", *mesh("2x2x2"))
-    assert meshlm(*first, "--sharding", "tensor", "--steps", "3")[0] == 0
-    words = ("train", "--run", run, "--sharding", "replica-fsdp", "--steps", "5")
-    assert meshlm(*words, "--mesh.replica", "2", "--attention", "chunked")[0] == 0
-    assert_close(run, on_one_device, first=4)
-    code, _, err = meshlm(*words, "--attention", "splash", "--steps", "6")
+    """Two parts, whose gradients each of the copies adds up by itself; chunked attention too."""
+    run = tmp_path / "run"
+    words = ("train", *SMALL, "--data", store, "--run", run, *OPTIONS, "--accumulate", "2")
+    tensor = ("--sharding", "tensor", "--checkpoint-every", "3", *mesh("2x2x2"))
+    assert meshlm(*words, *tensor)[0] == 0
+    assert_close(run, on_one_device)
+    shutil.rmtree(run / "checkpoints" / "step_5")
+    go_on = ("train", "--run", run, "--sample-every", "0", "--eval-every", "5")
+    other = ("--sharding", "replica-fsdp", "--mesh.replica", "2", "--attention", "chunked")
+    assert meshlm(*go_on, *other)[0] == 0
+    assert_close(run, on_one_device)
+    code, _, err = meshlm(*go_on, "--attention", "splash", "--steps", "6")
     assert code == 2
     assert "--attention splash: it does not compile for cpu" in err
 
