@@ -7,7 +7,7 @@
 #   TORCH="..."         pip arguments that name a CPU build of torch, for the parity tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test test-long check bench bench-serve lock clean main-environment both-environments
+.PHONY: help install browser demo test test-long check bench bench-serve bench-gpu bench-pods lock clean main-environment both-environments
 
 PYTHON_FILES := src tests bench environment launch
 ARGS ?=
@@ -40,6 +40,12 @@ bench: both-environments ## train the same shape with MeshLM and with torch and 
 
 bench-serve: both-environments ## decode the same weights with MeshLM, torch and CTranslate2 and compare
 	@.venv/bin/python bench/serve.py $(ARGS)
+
+bench-gpu: both-environments ## on a machine with a GPU: parity, training and decoding against torch
+	@.venv/bin/python bench/gpu.py $(ARGS)
+
+bench-pods: main-environment ## compile GPT-J for pods that are not here and write docs/pods.md again
+	@.venv/bin/python bench/pods.py $(ARGS)
 
 lock: ## write the locks again after a change of pyproject.toml (newest of all: ARGS=--upgrade)
 	@sh environment/prepare.sh lock $(ARGS)
