@@ -99,7 +99,7 @@ class TrainConfig:
     """Form of attention. [the fastest that compiles on these devices: splash, cudnn, else chunked;
     plain on a CPU]"""
     remat: Remat | None = None
-    """What is computed again to save memory. [none; minimal where weights are split; full from 1e9]"""
+    """What is computed again to save memory. [none; minimal for split weights; full from 1e9]"""
     checkpoint_every: int = 200
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
