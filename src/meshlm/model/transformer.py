@@ -259,7 +259,11 @@ def _attention(
 
 def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
-        hidden_BTF = checkpoint_name(add_bias(hidden_BTF, bias_F), PROJECTION)
+        hidden_BTF = add_bias(hidden_BTF, bias_F)
+        if compute.remat == "minimal":
+            # The largest array of a layer: kept as products take it.
+            hidden_BTF = checkpoint_name(hidden_BTF.astype(compute.dtype), PROJECTION)
+            hidden_BTF = hidden_BTF.astype(jnp.float32)
         return rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
 
 

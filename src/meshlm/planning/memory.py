@@ -142,8 +142,8 @@ def _kept_bytes(setup: Setup) -> int:
     stream, heads, ff = widths(setup)
     token, weights = _FLOAT * stream, 0
     if compute.remat == "minimal":
-        # q, k, v and the mix as operands, the feed-forward's first result in float32.
-        token += 4 * operand * heads + _FLOAT * ff
+        # q, k, v and the mix and the feed-forward's first result, as operands.
+        token += operand * (4 * heads + ff)
     elif compute.remat == "none":
         token = _forward_bytes(setup)
         if compute.attention == "plain":
