@@ -119,6 +119,11 @@ def test_this_machine():
     here = find_topology("here")
     assert (here.num_devices, here.facts.platform, here.chips) == (8, "cpu", ())
     assert here.compiles
+    # Measured: eight devices share one processor, between a slow laptop's and a large server's.
+    assert 1e8 < here.facts.peak_flops < 1e14
+    assert 1e7 < here.facts.bandwidth_bytes_per_s < 1e12
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert here.facts.memory_bytes == there // 8
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -73,7 +73,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Prints the plan, or the search; that something does not fit is an answer too: exit code 0."""
-    topology = find_topology(config.topology)
+    topology = find_topology(config.topology, config.compute_dtype)
     setup = _setup(config, topology)
     if config.search:
         _search(config, setup, topology)

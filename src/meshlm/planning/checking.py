@@ -36,7 +36,7 @@ class PlanCheck:
 def check_here(setup: Setup) -> PlanCheck:
     """Returns the check of a run on this machine's devices; it says nothing where none can be."""
     try:
-        plan = make_plan(setup, find_topology("here"), compile=False)
+        plan = make_plan(setup, find_topology("here", setup.step.compute.dtype), compile=False)
     except MeshLMError:  # a run is not refused for want of a plan
         plan = None
     return PlanCheck(plan)

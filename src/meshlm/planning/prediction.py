@@ -26,6 +26,7 @@ PRODUCT_EFFICIENCY = 0.8
 # Rows and columns of a chip's matrix unit where they are not 128. Source: Google's TPU v6e pages.
 _UNIT_WIDTHS = {"TPU v6 lite": 256, "TPU v6e": 256, "TPU7x": 256}
 _UNIT_WIDTH = 128
+_CPU_VECTOR = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ def _known(facts: DeviceFacts) -> tuple[float, float]:
 
 def _padding(head_dim: int, kind: str) -> float:
     """Returns the factor by which a matrix unit wider than a head works in vain."""
-    width = _UNIT_WIDTHS.get(kind, _UNIT_WIDTH)
+    width = _UNIT_WIDTHS.get(kind, _CPU_VECTOR if kind == "cpu" else _UNIT_WIDTH)
     return math.ceil(head_dim / width) * width / head_dim
 
 
@@ -203,6 +204,8 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
         lines.append("exchanges cost nothing here: no speed of the links is known")
     elif link is not None:
         lines.append(f"links of {link / 1e9:,.0f} GB/s each way")
+    if facts.platform == "cpu":
+        lines.append("peak and bandwidth were measured here, a moment ago")
     if facts.platform != "tpu":
         lines.append("the efficiency was fitted to TPUs alone")
     return tuple(lines)

@@ -17,6 +17,7 @@ from meshlm.core.platform import (
     interconnect_of,
 )
 from meshlm.core.sharding import AXES, MeshConfig
+from meshlm.planning.measuring import measured_cpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,15 +79,19 @@ _CUBE = 4
 _MOST_GPUS = 100_000
 
 
-def find_topology(name: str) -> Topology:
+def find_topology(name: str, dtype: str = "bfloat16") -> Topology:
     """Returns the topology of a name: v3:16x8 (TPU chips), H100:64 (GPUs), here (this machine).
+
+    Args:
+        name: of the topology.
+        dtype: of the products' operands: a CPU here is measured with it. Data sheets have bfloat16.
 
     Raises:
         UsageError: there is none.
     """
     generation, _, shape = name.partition(":")
     if name == "here":
-        return _here()
+        return _here(dtype)
     if generation in _TORI:
         return _torus(name, _TORI[generation], shape)
     if generation in _GPUS:
@@ -151,9 +156,11 @@ def _gpus(name: str, kind: str, count: str) -> Topology:
     )
 
 
-def _here() -> Topology:
+def _here(dtype: str) -> Topology:
     """Returns this machine's devices (starts JAX). Of TPUs here the torus is not looked at."""
     facts = device_facts()
+    if facts.platform == "cpu":
+        facts = measured_cpu(facts, dtype)
     return Topology(
         name="here",
         device_kind=facts.kind,
