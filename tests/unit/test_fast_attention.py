@@ -94,6 +94,12 @@ def test_a_form_that_does_not_compile_here_is_refused(name):
     check_attention("chunked", mesh_of(), **facts())
 
 
+def test_cudnn_is_not_taken_for_documents():
+    """Not even tried: it would be refused in the middle of a trace."""
+    with pytest.raises(UsageError, match="heads of 64 and a document mask: leave it out"):
+        check_attention("cudnn", mesh_of(), **facts(documents=True))
+
+
 def test_the_last_resort_is_taken_where_wishes_do_not_compile(monkeypatch):
     monkeypatch.setitem(fast_attention._WISHES, "cpu", ("cudnn", "splash", "chunked"))
     assert choose_attention(mesh_of(), **facts()) == "chunked"

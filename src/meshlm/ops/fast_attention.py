@@ -64,10 +64,10 @@ def attend_causally(
             return _chunked(q_BTNH, k_BNSH, v_BNSH, segment_ids_BT)
         if name == "splash":
             return _splash(q_BTNH, k_BNSH, v_BNSH, segment_ids_BT, interpret)
-        if name == "cudnn" and segment_ids_BT is None:
+        if name == "cudnn":
+            # It would take documents only as a mask of all pairs.
+            assert segment_ids_BT is None, "cudnn attention knows no documents"
             return _cudnn(q_BTNH, k_BNSH, v_BNSH)
-        if name == "cudnn":  # it takes documents only as a mask of all pairs
-            return _chunked(q_BTNH, k_BNSH, v_BNSH, segment_ids_BT)
         mask = causal_mask(q_BTNH.shape[1], segment_ids_BT)
         return attend(q_BTNH, k_BNSH, v_BNSH, mask)
 
@@ -208,9 +208,10 @@ def check_attention(
     if name in ("plain", "chunked") or _compiles(name, mesh, length, head_dim, dtype, documents):
         return
     kind = mesh.devices.flat[0].device_kind
+    with_documents = " and a document mask" if documents else ""
     raise UsageError(
-        f"--attention {name}: it does not compile for {kind} with heads of {head_dim}: leave it "
-        "out, and the best that does is chosen"
+        f"--attention {name}: it does not compile for {kind} with heads of {head_dim}"
+        f"{with_documents}: leave it out, and the best that does is chosen"
     )
 
 
@@ -232,10 +233,8 @@ def _compiles(
     q = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype, sharding=where)
     k = jax.ShapeDtypeStruct((1, 1, length, head_dim), dtype, sharding=where)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=where) if documents else None
-    # Whatever a compiler says no with.
-    with contextlib.suppress(Exception):
-        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, ids).compile()
+    with contextlib.suppress(Exception):  # whatever a compiler says no with
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, ids).compile()
         return True
     return False
 
