@@ -23,8 +23,9 @@
 set -u
 MOST_RESTARTS=100
 
-# A task that ends badly ends the others: none waits for it.
-srun --kill-on-bad-exit=1 <environment>/bin/meshlm train \
+# The tasks end each other when one fails, and each says why; srun is not to end them at the first
+# code 75, for the others are still saving. One that hangs two minutes after the first is killed.
+srun --kill-on-bad-exit=0 --wait=120 <environment>/bin/meshlm train \
     --run=<shared folder>/runs/first \
     --data=<shared folder>/store \
     --preset=gpt-j-6b \

@@ -159,7 +159,7 @@ def test_options_of_training_in_a_template_exist(name):
     text = (LAUNCH / name).read_text()
     # Those of the scheduler's own commands.
     foreign = {"--cluster", "--workload", "--tpu-type", "--docker-image", "--max-restarts"}
-    foreign |= {"--command", "--zone", "--worker", "--kill-on-bad-exit"}
+    foreign |= {"--command", "--zone", "--worker", "--kill-on-bad-exit", "--wait"}
     foreign |= set(re.findall(r"^#SBATCH (--[\w-]+)", text, re.MULTILINE))
     assert f"`{name}`" in (ROOT / "docs" / "many-machines.md").read_text()
     used = options_of_training(text) - foreign
@@ -231,6 +231,8 @@ def test_the_slurm_job(tmp_path):
     text = (LAUNCH / "train-slurm.sh").read_text()
     for line in ("--requeue", "--signal=TERM@300", "--open-mode=append"):
         assert f"#SBATCH {line}\n" in text
+    # The first task that has saved must not end those that save.
+    assert "srun --kill-on-bad-exit=0 --wait=120 " in text
     for name, code in (("srun", '"exit $CODE"'), ("scontrol", '"echo $@"')):
         (tmp_path / name).write_text(f"#!/bin/bash\neval {code}\n")
         (tmp_path / name).chmod(0o755)

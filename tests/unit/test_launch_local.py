@@ -12,7 +12,7 @@ import time
 import pytest
 
 from meshlm.cli import launch
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import MeshLMError, UsageError
 
 # Stands in for a process of ours: says its place, then does what it is told.
 PROGRAM = """
@@ -111,6 +111,25 @@ def test_signals_are_passed_on_and_nobody_is_left(number):
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < until_s
         time.sleep(0.05)
+
+
+def test_who_was_started_ends_where_another_cannot_be(instead, capfd, monkeypatch):
+    instead("time.sleep(60)")
+    started, handler = [], signal.getsignal(signal.SIGTERM)
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        assert signal.getsignal(signal.SIGTERM) != handler  # it would be passed on
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(MeshLMError, match="process 1 cannot be started"):
+        run()
+    assert started[0].poll() == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 # As `begin` does it, without the command line behind it.

@@ -14,7 +14,7 @@ from typing import IO, Annotated, TextIO
 
 from tyro.conf import arg
 
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import MeshLMError, UsageError
 
 EXAMPLES = (
     "meshlm launch local -n 2 -- train --run runs/two --data store --mesh.data 2",
@@ -52,6 +52,7 @@ def run(config: Config, words: Sequence[str]) -> int:
     processes = _Processes(config, words)
     handlers = {n: signal.signal(n, processes.pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
+        processes.start()
         return processes.wait()
     finally:
         processes.kill()
@@ -72,13 +73,31 @@ class _Processes:
     """The processes of a run on this machine, and the threads that show what they say."""
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
+        self._config, self._words = config, words
         self._lock = threading.Lock()
         self._readers: list[threading.Thread] = []
+        self._running: list[subprocess.Popen[str]] = []
+        self._told: int | None = None
+
+    def start(self) -> None:
+        """Starts them; raises MeshLMError where the system refuses one."""
         address = f"127.0.0.1:{_free_port()}"
-        self._running = [
-            subprocess.Popen(
-                [sys.executable, "-c", _BEGIN, *words],
-                env=_environment(config, address, number),
+        for number in range(self._config.n):
+            process = self._start(number, address)
+            self._running.append(process)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            shown = sys.stdout if number == 0 else None
+            self._read(number, process.stdout, shown)
+            self._read(number, process.stderr, sys.stderr)
+            if self._told is not None:  # a signal came before this one was there
+                process.send_signal(self._told)
+
+    def _start(self, number: int, address: str) -> subprocess.Popen[str]:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-c", _BEGIN, *self._words],
+                env=_environment(self._config, address, number),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -87,14 +106,11 @@ class _Processes:
                 text=True,
                 errors="replace",
             )
-            for number in range(config.n)
-        ]
-        for number, process in enumerate(self._running):
-            assert process.stdout is not None
-            assert process.stderr is not None
-            shown = sys.stdout if number == 0 else None
-            self._read(number, process.stdout, shown)
-            self._read(number, process.stderr, sys.stderr)
+        except OSError as error:
+            raise MeshLMError(
+                f"process {number} cannot be started ({error.strerror}): give a smaller -n, or "
+                "end other programs"
+            ) from None
 
     def wait(self) -> int:
         """Returns the exit code when all have ended; some seconds after a failure it ends them."""
@@ -114,7 +130,8 @@ class _Processes:
         return next((code for code in codes if code not in _SAVED), codes[0] if codes else 0)
 
     def pass_on(self, number: int, frame: object) -> None:
-        """Gives a signal to each process that runs."""
+        """Gives a signal to each process that runs, and that is yet to be started."""
+        self._told = number
         for process in self._running:
             if process.poll() is None:
                 process.send_signal(number)
