@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from meshlm.checkpoint import (
     verify,
 )
 from meshlm.checkpoint.disk import steps_kept
+from meshlm.checkpoint.folder import publish
 from meshlm.checkpoint.manifest import _seal
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 
@@ -506,6 +508,50 @@ def test_an_error_inside_orbax(copy: Path, monkeypatch: pytest.MonkeyPatch) -> N
             checkpointer.wait()
     checkpointer.wait()  # told once
     assert complete_steps(copy) == [10, 20]
+
+
+@pytest.mark.parametrize("again", [None, 30, 40])
+def test_a_save_that_was_given_up_stays_so(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, again: int | None
+) -> None:
+    """Orbax may return from it hours later, beside a newer save of the same step or another."""
+    late = threading.Event()
+
+    class Late:
+        def __init__(self, real) -> None:
+            self.real = real
+
+        def result(self) -> None:
+            self.real.result()
+            late.wait(60)
+
+    save = saving.ocp.save_async
+    checkpointer = Checkpointer(copy, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.ocp, "save_async", lambda *a: Late(save(*a)))
+        patch.setattr(saving, "heard", lambda _: "the disk is full")
+        patch.setattr(saving, "_LOOK_S", 0.01)
+        patch.setattr(saving, "_GRACE_S", 0.01)
+        checkpointer.save(30, make_state(30))
+        thread = checkpointer._thread
+        assert thread is not None
+        with pytest.raises(MeshLMError, match="in another process, the disk is full"):
+            checkpointer.wait()
+    if again is not None:
+        with monkeypatch.context() as patch:  # under way when the first one returns
+            patch.setattr(saving, "publish", lambda *a: (thread.join(60), publish(*a)))
+            checkpointer.save(again, make_state(again))
+            late.set()
+            checkpointer.wait()
+        assert complete_steps(copy) == [again]
+        verify(step_path(copy, again))
+    else:
+        late.set()
+        thread.join(60)
+        assert complete_steps(copy) == [10, 20]
+        assert checkpointer.last_error is not None
+    assert not thread.is_alive()
+    assert [p.name for p in copy.iterdir() if p.name.startswith(".")] == []
 
 
 def test_leaving_the_block_reports_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

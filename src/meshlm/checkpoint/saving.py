@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,6 +55,15 @@ def is_layer_stack(name: str) -> bool:
     return "blocks" in name.split(".")
 
 
+@dataclass(eq=False)
+class _Save:
+    """A save that was begun."""
+
+    step: int
+    is_decided: bool = False
+    """Whether its own thread ends it, or it was given up."""
+
+
 class Checkpointer:
     """Saves steps into one folder in the background, one at a time, and deletes old ones.
 
@@ -77,7 +87,8 @@ class Checkpointer:
         self._keep_every = keep_every
         self._is_stacked = is_stacked
         self._thread: threading.Thread | None = None
-        self._given_up: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._newest: _Save | None = None
         self._saves = 0
         self._unreported: MeshLMError | None = None
         self.last_error: MeshLMError | None = None
@@ -146,6 +157,8 @@ class Checkpointer:
         self, step: int, arrays: Mapping[str, jax.Array], files: Mapping[str, bytes]
     ) -> None:
         target = saving_path(self._folder, step)
+        with self._lock:
+            self._newest = save = _Save(step)
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             clean_leftovers(self._folder)
@@ -156,27 +169,31 @@ class Checkpointer:
             response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
         infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
         self._saves += 1
-        finish = functools.partial(self._commit, step, response, infos, files)
+        finish = functools.partial(self._commit, save, response, infos, files)
         self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}", daemon=True)
         self._thread.start()
 
     def _commit(
         self,
-        step: int,
+        save: _Save,
         response: ocp.AsyncResponse[None],
         arrays: Mapping[str, ArrayInfo],
         files: Mapping[str, bytes],
     ) -> None:
         """The background half. An error is kept for the next `save` or `wait`."""
+        step = save.step
+        # Orbax returns here in process 0 only after every process has written its part.
+        failed = _failure(response)
+        if not self._decide(save):
+            self._remove_rest(save)
+            return
         try:
-            # Orbax returns here in process 0 only after every process has written its part.
-            response.result()
+            if failed is not None:
+                raise failed
             if jax.process_index() == 0:
                 self._write_rest(step, arrays, files)
             self.last_error = None
         except Exception as error:
-            if threading.current_thread() in self._given_up:
-                return
             if jax.process_index() == 0:
                 remove_tree(saving_path(self._folder, step))
             self.last_error = self._unreported = _not_saved(step, error)
@@ -185,6 +202,21 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             self._apply_retention(step)
+
+    def _decide(self, save: _Save) -> bool:
+        """Returns whether the caller is the first to say how a save ends."""
+        with self._lock:
+            first = not save.is_decided
+            save.is_decided = True
+        return first
+
+    def _remove_rest(self, save: _Save) -> None:
+        """Removes what a save that was given up has written, and nothing of a newer one."""
+        with self._lock:
+            newest = self._newest
+            is_own = newest is save or newest is None or newest.step != save.step
+            if is_own and jax.process_index() == 0:
+                remove_tree(saving_path(self._folder, save.step))
 
     def _write_rest(
         self, step: int, arrays: Mapping[str, ArrayInfo], files: Mapping[str, bytes]
@@ -231,8 +263,7 @@ class Checkpointer:
             reason = heard(self._failure_key()) if thread.is_alive() else None
             if reason is not None:
                 thread.join(_GRACE_S)
-            if reason is not None and thread.is_alive():
-                self._given_up.add(thread)
+            if reason is not None and self._newest is not None and self._decide(self._newest):
                 self.last_error = self._unreported = MeshLMError(f"in another process, {reason}")
                 return
 
@@ -311,6 +342,15 @@ def _check_arrays(step: int, arrays: Mapping[str, jax.Array]) -> None:
             raise ValueError(f"array name {name!r}: use letters, digits, '_', '-' and '.'")
         if array.size == 0:
             raise ValueError(f"array {name!r} has shape {array.shape}, without an element")
+
+
+def _failure(response: ocp.AsyncResponse[None]) -> Exception | None:
+    """Returns why Orbax failed, once it has ended; None where it did not."""
+    try:
+        response.result()
+    except Exception as error:
+        return error
+    return None
 
 
 def _not_saved(step: int, error: Exception) -> MeshLMError:
