@@ -210,7 +210,8 @@ def _sum_over_parts(gradient: Callable[..., tuple], params: Params, parts: StepB
 
 
 def _zeros_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    split = None if shape.sharding is None else shape.sharding.spec
+    outside = jax.sharding.get_abstract_mesh().empty
+    split = None if outside or shape.sharding is None else shape.sharding.spec
     return jnp.zeros(shape.shape, shape.dtype, out_sharding=split)
 
 

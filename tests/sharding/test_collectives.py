@@ -141,16 +141,16 @@ def accumulated(sizes: tuple[int, int, int], rules: str) -> tuple:
 @pytest.mark.parametrize(
     ("sizes", "rules", "copies"),
     [
-        ((2, 2, 2), "data", {"replica", "data", "model"}),
-        ((2, 2, 2), "fsdp-tensor", {"replica"}),
-        ((2, 1, 4), "tensor", {"replica"}),
-        ((2, 4, 1), "replica-fsdp", {"replica"}),
+        ((2, 2, 2), "data", ("replica", "data", "model")),
+        ((2, 2, 2), "fsdp-tensor", ("replica",)),
+        ((2, 1, 4), "tensor", ("replica",)),
+        ((2, 4, 1), "replica-fsdp", ("replica",)),
     ],
     ids=str,
 )
 def test_copies_add_their_accumulated_gradients_once(monkeypatch, sizes, rules, copies):
     monkeypatch.setattr(loss, "STRETCH_ROWS", 2)
-    sent = [c for c in accumulated(sizes, rules) if copies & set(c.axes)]
+    sent = [c for c in accumulated(sizes, rules) if set(copies) & set(c.axes)]
     assert sent
     assert {c.count for c in sent} == {1}
     shards = 1
