@@ -60,6 +60,14 @@ def test_by_slurm_through_jax(monkeypatch):
     assert place(monkeypatch, {"SLURM_NTASKS": "1"}) is None
 
 
+def test_one_process_asks_no_scheduler(monkeypatch):
+    def asked(*_):
+        raise AssertionError("a scheduler was asked")
+
+    monkeypatch.setattr("meshlm.core.place._ask_scheduler", asked)
+    assert place(monkeypatch, SLURM, num_processes=1) is None
+
+
 @pytest.mark.parametrize(
     ("variables", "options", "words"),
     [
@@ -67,7 +75,9 @@ def test_by_slurm_through_jax(monkeypatch):
         ({}, {"num_processes": 2}, "--coordinator and --process-id missing beside --num-processes"),
         ({"JAX_PROCESS_ID": "x"}, {}, "JAX_PROCESS_ID=x is no number"),
         ({}, {"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "give 0 to 1"),
-        ({}, {"coordinator": "a:1", "num_processes": 0, "process_id": 0}, "--num-processes 0"),
+        ({}, {"coordinator": "a:1", "num_processes": 0, "process_id": 0}, "es 0: give 1 or"),
+        ({}, {"num_processes": 0}, "--num-processes 0: give 1 or more"),
+        ({"JAX_PROCESS_ID": "\u00b2"}, {}, "is no number"),
     ],
 )
 def test_what_does_not_fit_is_refused(monkeypatch, variables, options, words):

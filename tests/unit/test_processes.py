@@ -74,3 +74,32 @@ def test_an_error_says_its_line_and_code():
     codes = [processes._code_of(e) for e in (UsageError("x"), KeyboardInterrupt(), ValueError())]
     assert codes == [2, 130, 1]
     assert processes._code_of(MeshLMError("x")) == 1
+
+
+class Silence:
+    """A watch whose look at the others fails; notes what it is told to say."""
+
+    def __init__(self):
+        self.asked, self.said = 0, []
+
+    def blame_the_silent(self):
+        self.asked += 1
+        raise RuntimeError("process 0 is not reached")
+
+    def say_failed(self, reason, exit_code):
+        self.said.append((reason, exit_code))
+
+
+def test_an_error_is_said_once_and_stays_itself(monkeypatch):
+    watch = Silence()
+    monkeypatch.setattr(processes, "_watch", watch)
+    monkeypatch.setattr(processes, "_known", None)
+    error = processes._jax_error()("an exchange failed")
+    processes.say_failed(error)
+    processes.say_failed(error)
+    assert watch.asked == 1
+    assert watch.said == [("JaxRuntimeError: an exchange failed", 1)]
+    processes.say_failed(MeshLMError("another"))
+    assert watch.said[1:] == [("another", 1)]
+    processes.say_failed(processes.agree(MeshLMError("known to all")))
+    assert len(watch.said) == 2

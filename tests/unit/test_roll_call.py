@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from meshlm.core.errors import BusyError, MeshLMError, UsageError
-from meshlm.core.roll_call import call_roll, split_address
+from meshlm.core.roll_call import _listen, call_roll, is_loopback, split_address
 from teams import free_port
 
 
@@ -98,7 +99,15 @@ def test_a_port_that_is_taken_is_told_at_once():
 
 
 @pytest.mark.parametrize(
-    "words", [b"GET / HTTP/1.1\r\n\r\n", b"", b"meshlm-1 x 2\n", b"\xff" * 5000]
+    "words",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        b"meshlm-1 x 2\n",
+        b"\xff" * 5000,
+        "meshlm-1 \u00b2 2\n".encode(),  # a digit to Python, and no number
+        b"meshlm-1 " + b"1" * 5000,
+    ],
 )
 def test_strangers_do_not_disturb(words):
     address = f"127.0.0.1:{free_port()}"
@@ -122,6 +131,38 @@ def test_strangers_do_not_disturb(words):
         call_roll(address, 1, 2, 20)
     threads[0].join(20)
     assert not threads[0].is_alive()
+
+
+def test_silent_strangers_hold_nobody_up():
+    address = f"127.0.0.1:{free_port()}"
+    first = threading.Thread(target=lambda: call_roll(address, 0, 2, 20))
+    first.start()
+    time.sleep(0.2)
+    with contextlib.ExitStack() as strangers:
+        for words in (b"", b"", b"", b"meshlm-1"):
+            stranger = strangers.enter_context(socket.create_connection(split_address(address)))
+            stranger.sendall(words)
+        began_s = time.monotonic()
+        call_roll(address, 1, 2, 20)
+        assert time.monotonic() - began_s < 2
+        first.join(20)
+        with socket.create_server(split_address(address)):  # JAX's turn
+            pass
+    assert not first.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("host", "found"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("node0", "any")]
+)
+def test_a_loopback_address_is_not_open_to_others(host, found):
+    with _listen(f"{host}:0", host, 0) as server:
+        bound = server.getsockname()[0]
+    assert bound in (("0.0.0.0", "::") if found == "any" else (found,))
+
+
+def test_loopback_hosts():
+    assert [is_loopback(h) for h in ("127.0.0.2", "::1", "localhost")] == [True] * 3
+    assert [is_loopback(h) for h in ("10.0.0.1", "node0", "::", "0.0.0.0")] == [False] * 4
 
 
 def test_a_process_that_died_may_come_again():

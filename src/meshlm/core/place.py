@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.core.jax_internals import complete_place, runs_on_cloud_tpus
 
 _ADDRESS, _COUNT, _NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Environments of several processes that JAX knows: the variables that are there in each of them.
@@ -49,6 +50,10 @@ def find_place(config: ProcessConfig) -> tuple[str, int, int, Any] | None:
     count = _whole("--num-processes", config.num_processes, _COUNT)
     number = _whole("--process-id", config.process_id, _NUMBER)
     devices = None
+    if count is not None and count < 1:
+        raise UsageError(f"--num-processes {count}: give 1 or more")
+    if count == 1:  # whatever a scheduler says
+        return None
     if None in (address, count, number) and _is_scheduled():
         address, count, number, devices = _ask_scheduler(address, count, number, config)
     given = {"--coordinator": address, "--num-processes": count, "--process-id": number}
@@ -64,10 +69,8 @@ def find_place(config: ProcessConfig) -> tuple[str, int, int, Any] | None:
     assert address is not None
     assert count is not None
     assert number is not None
-    if count < 1 or not 0 <= number < count:
-        raise UsageError(
-            f"--process-id {number} of --num-processes {count}: give 0 to {max(0, count - 1)}"
-        )
+    if not 0 <= number < count:
+        raise UsageError(f"--process-id {number} of --num-processes {count}: give 0 to {count - 1}")
     return address, count, number, devices
 
 
@@ -75,17 +78,15 @@ def _whole(option: str, given: int | None, variable: str) -> int | None:
     text = os.environ.get(variable, "")
     if given is not None or not text:
         return given
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UsageError(f"{variable}={text} is no number: correct it, or give {option}")
     return int(text)
 
 
 def _is_scheduled() -> bool:
     """Returns whether a scheduler that JAX knows has started this process as one of several."""
-    from jax._src import cloud_tpu_init
-
     sizes = (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE"))
-    if cloud_tpu_init.running_in_cloud_tpu_vm:
+    if runs_on_cloud_tpus():
         return True
     return "1" not in sizes and any(all(v in os.environ for v in known) for known in _SCHEDULERS)
 
@@ -94,12 +95,8 @@ def _ask_scheduler(
     address: str | None, count: int | None, number: int | None, config: ProcessConfig
 ) -> tuple[str | None, int | None, int | None, Any]:
     """Returns the place with what JAX's own detection adds to it."""
-    from jax._src import clusters
-
     try:
-        return clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            address, count, number, None, None, config.join_timeout_s
-        )
+        return complete_place(address, count, number, config.join_timeout_s)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MeshLMError(

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from meshlm.core.errors import MeshLMError
+from meshlm.core.jax_internals import distributed_state
 from meshlm.core.place import ProcessConfig, find_place
-from meshlm.core.roll_call import call_roll
+from meshlm.core.roll_call import call_roll, is_loopback, split_address
 from meshlm.core.watch import Watch
 
 T = TypeVar("T")
@@ -26,7 +27,8 @@ _LONG_MS = 24 * 60 * 60 * 1000
 _LAG_STEPS = 3
 
 _watch: Watch | None = None
-_agreed: BaseException | None = None
+# The error that the others know of already.
+_known: BaseException | None = None
 _meetings = itertools.count()
 
 
@@ -58,6 +60,8 @@ def join(config: ProcessConfig) -> None:
             count,
             number,
             local_device_ids=devices,
+            # Else JAX listens on every interface, and takes anybody.
+            coordinator_bind_address=address if is_loopback(split_address(address)[0]) else None,
             cluster_detection_method="deactivate",
             initialization_timeout=config.join_timeout_s,
             # The watch is to be first: it says in a line what JAX says in a dump.
@@ -66,7 +70,7 @@ def join(config: ProcessConfig) -> None:
         )
     # Each process tells the others of its devices when JAX starts: none may start alone.
     jax.devices()
-    state = _state()
+    state = distributed_state()
     _watch = Watch(
         state.client,
         state.coordinator_address,
@@ -76,14 +80,8 @@ def join(config: ProcessConfig) -> None:
     )
 
 
-def _state() -> Any:
-    from jax._src import distributed
-
-    return distributed.global_state
-
-
 def _client() -> Any:
-    return _state().client
+    return distributed_state().client
 
 
 def is_first() -> bool:
@@ -102,7 +100,7 @@ def together(work: Callable[[], T]) -> T:
     Raises:
         MeshLMError: `work` failed here; or elsewhere, with that process's number and its exit code.
     """
-    global _agreed
+    global _known
     if _watch is None:
         return work()
     key = f"meshlm/meeting/{next(_meetings)}"
@@ -125,7 +123,7 @@ def together(work: Callable[[], T]) -> T:
             return result
         failed = _PeerError(f"process {number}: {heard[number]['message']}")
         failed.exit_code = heard[number]["exit_code"]
-    _agreed = failed
+    _known = failed
     raise failed
 
 
@@ -214,17 +212,20 @@ def _jax_error() -> type[Exception]:
 
 def agree(error: MeshLMError) -> MeshLMError:
     """Returns the error, noted as one that every process raises: nobody else is told of it."""
-    global _agreed
-    _agreed = error
+    global _known
+    _known = error
     return error
 
 
 def say_failed(error: BaseException) -> None:
     """Tells the others that this process ends with `error`, so that none waits for it."""
-    if _watch is None or error is _agreed:
+    global _known
+    if _watch is None or error is _known:
         return
+    _known = error
     if isinstance(error, _jax_error()):  # what an exchange raises whose other end is gone
-        _watch.blame_the_silent()
+        with contextlib.suppress(Exception):  # it must not take the error's place
+            _watch.blame_the_silent()
     _watch.say_failed(_line_of(error), _code_of(error))
 
 

@@ -6,8 +6,13 @@ with its number, process 0 answers all of them at once with `go`, or with what i
 """
 
 import contextlib
+import ipaddress
+import re
+import selectors
 import socket
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from meshlm.core.errors import BusyError, MeshLMError, UsageError
 
@@ -29,7 +34,7 @@ def call_roll(address: str, process_id: int, num_processes: int, timeout_s: floa
     host, port = split_address(address)
     until_s = time.monotonic() + timeout_s
     if process_id == 0:
-        with _listen(address, port) as server:
+        with _listen(address, host, port) as server:
             _call(server, num_processes, timeout_s, until_s)
     else:
         _answer(address, (host, port), process_id, num_processes, timeout_s, until_s)
@@ -38,17 +43,27 @@ def call_roll(address: str, process_id: int, num_processes: int, timeout_s: floa
 def split_address(address: str) -> tuple[str, int]:
     """Returns host and port; raises UsageError where it is not HOST:PORT."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"--coordinator {address}: give process 0's HOST:PORT, as node0:1234")
     return host.strip("[]"), int(port)
 
 
-def _listen(address: str, port: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
+def is_loopback(host: str) -> bool:
+    """Returns whether the host is this machine by its very name: nobody comes from elsewhere."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(address: str, host: str, port: int) -> socket.socket:
+    """Returns a socket on all interfaces, or on the loopback one alone where that is the host."""
+    alone = is_loopback(host)
+    both = not alone and socket.has_dualstack_ipv6()
     try:
         return socket.create_server(
-            ("", port),
-            family=socket.AF_INET6 if both else socket.AF_INET,
+            (host if alone else "", port),
+            family=socket.AF_INET6 if both or ":" in host else socket.AF_INET,
             dualstack_ipv6=both,
             backlog=1024,
         )
@@ -62,15 +77,14 @@ def _listen(address: str, port: int) -> socket.socket:
 def _call(server: socket.socket, num_processes: int, timeout_s: float, until_s: float) -> None:
     here: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as open_sockets:
+        guests = _guests(server, open_sockets, until_s)
         try:
             while len(here) < num_processes - 1:
-                server.settimeout(max(0.001, until_s - time.monotonic()))
-                try:
-                    guest = open_sockets.enter_context(server.accept()[0])
-                except TimeoutError:
+                came = next(guests, None)
+                if came is None:
                     missing = sorted(set(range(1, num_processes)) - here.keys())
-                    raise MeshLMError(_absent(missing, num_processes, timeout_s)) from None
-                _welcome(guest, here, num_processes)
+                    raise MeshLMError(_absent(missing, num_processes, timeout_s))
+                _welcome(*came, here, num_processes)
         except MeshLMError as error:
             for guest in here.values():
                 _send(guest, f"{error.exit_code} {error}")
@@ -82,12 +96,46 @@ def _call(server: socket.socket, num_processes: int, timeout_s: float, until_s: 
             _read_line(guest)
 
 
-def _welcome(guest: socket.socket, here: dict[int, socket.socket], num_processes: int) -> None:
+def _guests(
+    server: socket.socket, open_sockets: contextlib.ExitStack, until_s: float
+) -> Iterator[tuple[socket.socket, str]]:
+    """Yields each guest with its line once it has said it: one that is silent holds nobody up."""
+    server.setblocking(False)
+    lines: dict[socket.socket, bytes] = {}
+    with selectors.DefaultSelector() as ready:
+        ready.register(server, selectors.EVENT_READ)
+        while (left_s := until_s - time.monotonic()) > 0:
+            for key, _ in ready.select(left_s):
+                guest: Any = key.fileobj
+                if guest is server:
+                    with contextlib.suppress(BlockingIOError, ConnectionError):  # it is gone again
+                        guest = open_sockets.enter_context(server.accept()[0])
+                        guest.setblocking(False)
+                        ready.register(guest, selectors.EVENT_READ)
+                        lines[guest] = b""
+                    continue
+                part = _read_part(guest, _LONGEST_LINE - len(lines[guest]))
+                lines[guest] += part
+                if not part or part.endswith(b"\n") or len(lines[guest]) == _LONGEST_LINE:
+                    ready.unregister(guest)
+                    yield guest, lines.pop(guest).decode("utf-8", "replace").strip()
+
+
+def _read_part(guest: socket.socket, most: int) -> bytes:
+    try:
+        return guest.recv(most)
+    except OSError:
+        return b""
+
+
+def _welcome(
+    guest: socket.socket, line: str, here: dict[int, socket.socket], num_processes: int
+) -> None:
     """Enters a guest; raises UsageError where it cannot belong. A stranger is not answered."""
-    words = _read_line(guest).split()
-    if len(words) != 3 or words[0] != _HELLO or not (words[1] + words[2]).isdigit():
+    said = re.fullmatch(_HELLO + r" (\d{1,6}) (\d{1,6})", line, re.ASCII)
+    if said is None:
         return
-    number, count = int(words[1]), int(words[2])
+    number, count = int(said[1]), int(said[2])
     problem = None
     if count != num_processes:
         problem = (
@@ -132,7 +180,7 @@ def _answer(
         if answer == _GO:
             return
         code, _, message = answer.partition(" ")
-        if code.isdigit() and message:
+        if code.isdecimal() and message:
             kind = UsageError if int(code) == UsageError.exit_code else MeshLMError
             raise kind(f"process 0: {message}")
         time.sleep(_RETRY_S)
