@@ -30,7 +30,6 @@ from meshlm.core.config import from_dict, to_dict
 from meshlm.core.sharding import MeshConfig
 from meshlm.model.compute import Compute, Remat
 from meshlm.model.config import PRESETS, ModelConfig
-from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig
 from meshlm.planning.compiling import HOW_TO_COMPILE, Compiled
 from meshlm.planning.plan import Plan, make_plan
@@ -38,6 +37,7 @@ from meshlm.planning.prediction import predict
 from meshlm.planning.search import describe_setup, search
 from meshlm.planning.setup import Setup
 from meshlm.planning.topology import Topology, find_topology
+from meshlm.planning.work import Attended, best_attention
 from meshlm.step import StepConfig
 from original_pod import compile_original
 
@@ -115,10 +115,12 @@ ROOM = 0.9
 
 def setup_of(study: Study, preset: str, topology: Topology, **changes: Any) -> Setup:
     """One step of the study's batch, FSDP over all devices with all of it computed again."""
+    model = study.models[preset]
+    attention = best_attention(topology, Attended(head_dim=model.head_dim))
     step = StepConfig(
-        model=study.models[preset],
+        model=model,
         optimizer=OPTIMIZER,
-        compute=Compute(remat="full", attention=best_attention(topology)),
+        compute=Compute(remat="full", attention=attention),
         z_loss=Z_LOSS,
     )
     setup = Setup(
@@ -129,11 +131,6 @@ def setup_of(study: Study, preset: str, topology: Topology, **changes: Any) -> S
         seq_len=study.seq_len,
     )
     return dataclasses.replace(setup, **changes)
-
-
-def best_attention(topology: Topology) -> AttentionName:
-    """What a probe finds on these devices: the kernel for TPUs does not compile before v4."""
-    return "chunked" if topology.device_kind in ("TPU v2", "TPU v3") else "splash"
 
 
 def original(study: Study) -> Iterator[Plan]:

@@ -19,7 +19,7 @@ OptimizerName = Literal["adamw", "adafactor"]
 # Adafactor's: matrices with both sides at least this long keep a mean of squares for each row and
 # each column alone; an update's root mean square is cut to the limit; the mean of squares forgets
 # by 1 - step ** -power. Source: Shazeer and Stern 2018 (arXiv:1804.04235), sections 4 to 7.
-_LEAST_FACTORED = 128
+LEAST_FACTORED = 128
 _UPDATE_RMS = 1.0
 _FORGETTING_POWER = 0.8
 
@@ -109,7 +109,7 @@ def _scalings(config: OptimizerConfig) -> tuple[tuple[str, optax.GradientTransfo
         return (("adam", adam),)
     # Without the paper's factor of the weights' own size: the learning rates then are AdamW's.
     factored = optax.scale_by_factored_rms(
-        decay_rate=_FORGETTING_POWER, min_dim_size_to_factor=_LEAST_FACTORED
+        decay_rate=_FORGETTING_POWER, min_dim_size_to_factor=LEAST_FACTORED
     )
     return (("adafactor", factored), ("update_clip", optax.clip_by_block_rms(_UPDATE_RMS)))
 

@@ -73,6 +73,28 @@ def test_a_search(meshlm):
     assert len(found) > 10
 
 
+def test_the_step_is_that_of_a_run(meshlm):
+    """Small: nothing is computed again where weights are whole, and few layers are unrolled."""
+    one = planned(meshlm, "plan", "--preset", "125m", "--topology", "H100:1", "--no-compile")
+    assert (one["compute"]["remat"], one["compute"]["scan_layers"]) == ("none", False)
+    split = planned(meshlm, "plan", "--preset", "350m", "--topology", "H100:8", "--no-compile")
+    assert (split["compute"]["remat"], split["compute"]["scan_layers"]) == ("minimal", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "mesh"),
+    [
+        ((), (1, 16, 1)),
+        (("--sharding", "tensor"), (1, 1, 16)),
+        (("--sharding", "data"), (16, 1, 1)),
+        (("--sharding", "tensor", "--mesh.model", "8"), (1, 1, 8)),
+    ],
+)
+def test_the_mesh_is_that_of_the_rules(meshlm, words, mesh):
+    plan = ("plan", "--preset", "1.3b", "--topology", "v5e:4x4", "--no-compile")
+    assert tuple(planned(meshlm, *plan, *words)["mesh"].values()) == mesh
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -84,6 +106,10 @@ def test_a_search(meshlm):
         (("--preset", "1.3b", "--batch-size", "0"), "--batch-size 0: give 1 or more"),
         (("--preset", "1.3b", "--vocab-size", "-1"), "vocab_size is -1: give a positive number"),
         (("--preset", "test", "--accumulate", "3", "--batch-size", "8"), "give a multiple of 24"),
+        (
+            ("--preset", "1.3b", "--topology", "H100:8", "--attention", "splash"),
+            "--attention splash: its kernel is for TPUs from v4 on, and H100:8 is NVIDIA H100",
+        ),
         ((), "missing --preset"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -37,7 +37,7 @@ def value_and_gradient(name, arrays, segments):
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("name", ["chunked", "splash"])
 def test_each_form_and_its_gradient_are_those_of_the_plain_one(name, segments, monkeypatch):
-    monkeypatch.setattr(fast_attention, "_MIN_CHUNK", 96)  # 96, 96 and 64 queries
+    monkeypatch.setattr(fast_attention, "MIN_CHUNK", 96)  # 96, 96 and 64 queries
     arrays = drawn()
     found = value_and_gradient(name, arrays, segments)
     for one, other in zip(found, value_and_gradient("plain", arrays, segments), strict=True):
@@ -45,7 +45,7 @@ def test_each_form_and_its_gradient_are_those_of_the_plain_one(name, segments, m
 
 
 def test_a_form_works_on_a_mesh(monkeypatch):
-    monkeypatch.setattr(fast_attention, "_MIN_CHUNK", 96)
+    monkeypatch.setattr(fast_attention, "MIN_CHUNK", 96)
     arrays = drawn()
     wanted = attend_causally("plain", *arrays)
     mesh = mesh_of(1, 2, 2)
@@ -101,7 +101,7 @@ def test_cudnn_is_not_taken_for_documents():
 
 
 def test_the_last_resort_is_taken_where_wishes_do_not_compile(monkeypatch):
-    monkeypatch.setitem(fast_attention._WISHES, "cpu", ("cudnn", "splash", "chunked"))
+    monkeypatch.setitem(fast_attention.WISHES, "cpu", ("cudnn", "splash", "chunked"))
     assert choose_attention(mesh_of(), **facts()) == "chunked"
-    monkeypatch.setitem(fast_attention._WISHES, "cpu", ("cudnn", "plain", "chunked"))
+    monkeypatch.setitem(fast_attention.WISHES, "cpu", ("cudnn", "plain", "chunked"))
     assert choose_attention(mesh_of(), **facts()) == "plain"

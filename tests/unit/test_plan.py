@@ -179,6 +179,9 @@ def test_memory_that_is_not_known():
     assert found.prediction is None
     assert found.to_json()["predicted_mfu"] is None
     assert "no data sheet" in render_plan(found)
+    by_compiler = dataclasses.replace(found, compiled=FOUND)
+    assert by_compiler.fits is None
+    assert "no verdict" in render_verdict(by_compiler, None)
 
 
 def test_a_mesh_larger_than_the_topology():
@@ -188,6 +191,14 @@ def test_a_mesh_larger_than_the_topology():
         make_plan(setup_of(batch_size=100, data=32, model=8), V3, compile=False)
     with pytest.raises(UsageError, match=r"choose --mesh\.\* that divide"):
         make_plan(setup_of(data=3, batch_size=3), V3, compile=False)
+
+
+def test_no_run_ends_for_want_of_a_plan(monkeypatch):
+    def fail(*given, **named):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(checking, "make_plan", fail)
+    assert checking.check_here(POD).plan is None
 
 
 def test_words(compiled):

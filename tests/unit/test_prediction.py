@@ -17,7 +17,7 @@ from meshlm.planning.hlo import read_program
 from meshlm.planning.links import find_route, transfer_s
 from meshlm.planning.prediction import executed_flops, predict, predict_work
 from meshlm.planning.topology import find_topology
-from meshlm.planning.work import best_attention, count_work, total_wire_bytes, wire_bytes
+from meshlm.planning.work import Attended, best_attention, check_form, count_work, wire_bytes
 from planned import GPTJ, setup_of, with_links
 
 V3 = find_topology("v3:16x8")
@@ -123,7 +123,6 @@ def test_bytes_on_a_ring():
     assert wire_bytes("all-reduce", 800, 8) == 1400
     assert wire_bytes("collective-permute", 800, 8) == 800
     assert wire_bytes("all-reduce", 800, 1) == 0
-    assert total_wire_bytes(count_work(setup_of(batch_size=1)), setup_of(batch_size=1)) == 0
 
 
 def test_routes_on_a_torus():
@@ -301,4 +300,44 @@ def test_traffic_is_all_there_is():
     ],
 )
 def test_the_form_of_attention_that_devices_can(topology, head_dim, form):
-    assert best_attention(find_topology(topology), head_dim) == form
+    assert best_attention(find_topology(topology), Attended(head_dim=head_dim)) == form
+
+
+def test_cudnn_takes_neither_float32_nor_documents():
+    h100 = find_topology("H100:8")
+    for other in ({"dtype": "float32"}, {"documents": True}):
+        assert best_attention(h100, Attended(head_dim=128, **other)) == "chunked"
+        with pytest.raises(UsageError, match="--attention cudnn: its kernel is"):
+            check_form("cudnn", h100, Attended(head_dim=128, **other))
+
+
+@pytest.mark.parametrize(
+    ("form", "topology", "head_dim"),
+    [
+        ("splash", "H100:8", 128),
+        ("splash", "v3:4x4", 128),
+        ("splash", "v5e:4x4", 64),
+        ("cudnn", "v5e:4x4", 128),
+        ("cudnn", "A100:8", 256),
+        ("cudnn", "here", 128),
+    ],
+)
+def test_forms_that_devices_have_not(form, topology, head_dim):
+    with pytest.raises(UsageError, match=f"--attention {form}: its kernel is .*: leave it out"):
+        check_form(form, find_topology(topology), Attended(head_dim=head_dim))
+    for takes_all in ("plain", "chunked"):
+        check_form(takes_all, find_topology(topology), Attended(head_dim=head_dim))
+
+
+def test_no_gpu_pads_a_head_as_wide_as_a_tpus_unit():
+    assert prediction._padding(64, "NVIDIA H100 80GB HBM3") == 1
+    assert prediction._padding(64, "cpu") == 1
+    assert prediction._padding(64, "TPU v3") == 2
+    assert prediction._padding(128, "TPU v6 lite") == 2
+
+
+def test_no_route_where_the_network_is_not_known():
+    """Of TPUs here the torus is not looked at, and their hosts have no network in the sheet."""
+    v3 = dataclasses.replace(find_topology("v3:2x2"), chips=(), devices_per_host=8)
+    assert find_route(("data",), MeshConfig(data=3), v3) is None
+    assert find_route(("data",), MeshConfig(data=4), v3) is not None

@@ -115,3 +115,5 @@ def test_setups_as_options():
         "--sharding fsdp-tensor --mesh.data 4 --mesh.model 2 --remat minimal --accumulate 3 "
         "--batch-size 24"
     )
+    # With --sharding alone a run would take all devices.
+    assert describe_setup(setup_of(batch_size=8)) == ("--remat full --accumulate 1 --batch-size 8")

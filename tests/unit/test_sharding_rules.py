@@ -221,6 +221,7 @@ def test_the_mesh_of_all_devices(name, slices, wanted):
     devices = [Device(i % slices) for i in range(8)]
     found = sharding.whole_mesh(name, devices)
     assert (found.replica, found.data, found.model) == wanted
+    assert sharding.mesh_of_all(name, 8, slices) == found
 
 
 def test_axes_that_are_left_out_split_nothing():

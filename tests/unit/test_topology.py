@@ -224,3 +224,10 @@ def test_devices_are_placed_as_the_compiler_has_them():
         ]
         assert own == listed[name], name
         assert compiler_name(name).partition(":")[2] == name.partition(":")[2]
+
+
+def test_gpus_here_are_on_hosts_of_eight(monkeypatch):
+    h100 = find_topology("H100:64")
+    monkeypatch.setattr(module, "device_facts", lambda: h100.facts)
+    found = find_topology("here")
+    assert (found.num_devices, found.devices_per_host) == (64, 8)

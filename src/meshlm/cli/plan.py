@@ -10,10 +10,17 @@ from collections.abc import Iterator
 from typing import Literal
 
 from meshlm.core.errors import UsageError
-from meshlm.core.sharding import MeshConfig, ShardingName
-from meshlm.model.compute import Compute, Remat
-from meshlm.model.config import find_preset
-from meshlm.model.params import count_params
+from meshlm.core.sharding import (
+    DEFAULT_RULES,
+    RULES,
+    MeshConfig,
+    Rules,
+    ShardingName,
+    mesh_of_all,
+    use_rules,
+)
+from meshlm.model.compute import Compute, Remat, choose_compute
+from meshlm.model.config import ModelConfig, find_preset
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
 from meshlm.planning.plan import Plan, make_plan
@@ -21,7 +28,7 @@ from meshlm.planning.search import nearest_that_fits, search
 from meshlm.planning.setup import Setup
 from meshlm.planning.text import render_plan, render_search, render_verdict
 from meshlm.planning.topology import Topology, find_topology
-from meshlm.planning.work import best_attention
+from meshlm.planning.work import Attended, best_attention, check_form
 from meshlm.step import StepConfig
 
 EXAMPLES = (
@@ -43,8 +50,8 @@ class Config:
     topology: str = "here"
     """Devices: v3:16x8 (chips of a TPU; v2 to v6e, v7x), H100:8, A100, H200, B200, or here."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    sharding: ShardingName = "fsdp-tensor"
-    """Rules by which arrays are split over the mesh."""
+    sharding: ShardingName | None = None
+    """Rules by which arrays are split over the mesh. [fsdp-tensor]"""
     batch_size: int | None = None
     """Sequences in one step, over all devices and parts. [one a device and part]"""
     seq_len: int | None = None
@@ -52,7 +59,7 @@ class Config:
     accumulate: int = 1
     """Parts into which a step's batch is cut to save memory."""
     remat: Remat | None = None
-    """What is computed again to save memory. [full from 1e9 parameters, else minimal]"""
+    """What is computed again to save memory. [none; minimal for split weights; full from 1e9]"""
     attention: AttentionName | None = None
     """Form of attention. [the best that these devices can]"""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -98,19 +105,14 @@ def _setup(config: Config, topology: Topology) -> Setup:
     model = find_preset(config.preset)
     if config.vocab_size is not None:
         model = dataclasses.replace(model, vocab_size=config.vocab_size)
+    sharding = config.sharding or DEFAULT_RULES.name
     mesh = config.mesh
     if mesh.num_devices == 1:
-        mesh = MeshConfig(data=topology.num_devices)
+        mesh = mesh_of_all(sharding, topology.num_devices)
     for name in ("accumulate", "batch_size", "seq_len"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    large = count_params(model) >= 1e9
-    compute = Compute(
-        dtype=config.compute_dtype,
-        remat=config.remat or ("full" if large else "minimal"),
-        attention=config.attention or best_attention(topology, model.head_dim),
-    )
     # What a schedule is made of changes no byte and no FLOP.
     optimizer = OptimizerConfig(
         name=config.optimizer,
@@ -121,10 +123,13 @@ def _setup(config: Config, topology: Topology) -> Setup:
     )
     setup = Setup(
         step=StepConfig(
-            model=model, optimizer=optimizer, compute=compute, accumulate=config.accumulate
+            model=model,
+            optimizer=optimizer,
+            compute=_compute(config, model, topology, mesh, RULES[sharding]),
+            accumulate=config.accumulate,
         ),
         mesh=mesh,
-        sharding=config.sharding,
+        sharding=sharding,
         batch_size=config.batch_size or 1,
         seq_len=config.seq_len or model.context_length,
         document_mask=config.document_mask,
@@ -133,6 +138,21 @@ def _setup(config: Config, topology: Topology) -> Setup:
         rows = mesh.shards(setup.rules.batch) * config.accumulate
         setup = dataclasses.replace(setup, batch_size=rows)
     return setup
+
+
+def _compute(
+    config: Config, model: ModelConfig, topology: Topology, mesh: MeshConfig, rules: Rules
+) -> Compute:
+    """Returns how `meshlm train` computes the step on these devices."""
+    with use_rules(rules):
+        compute = choose_compute(model, mesh, dtype=config.compute_dtype, remat=config.remat)
+    asked = Attended(
+        head_dim=model.head_dim, dtype=config.compute_dtype, documents=config.document_mask
+    )
+    if config.attention is not None:
+        check_form(config.attention, topology, asked)
+    attention = config.attention or best_attention(topology, asked)
+    return dataclasses.replace(compute, attention=attention)
 
 
 def _search(config: Config, setup: Setup, topology: Topology) -> None:

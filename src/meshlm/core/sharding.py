@@ -166,15 +166,20 @@ _WIDEST = {"data": "replica", "tensor": "model"}
 
 
 def whole_mesh(name: ShardingName, devices: Sequence[Any]) -> MeshConfig:
-    """Returns the mesh of all devices that rules are meant for.
+    """Returns the mesh of all these devices that rules are meant for (`mesh_of_all`)."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return mesh_of_all(name, len(devices), slices)
+
+
+def mesh_of_all(name: ShardingName, count: int, slices: int = 1) -> MeshConfig:
+    """Returns the mesh of so many devices that rules are meant for.
 
     Whole copies take the axis `replica`, tensor parallelism `model`, everything else `data`, with
     a copy in each slice (devices with fast links among themselves) for `replica-fsdp`.
     """
     if name == "replica-fsdp":
-        slices = len({getattr(device, "slice_index", 0) for device in devices})
-        return MeshConfig(replica=slices, data=len(devices) // slices)
-    return MeshConfig(**{_WIDEST.get(name, "data"): len(devices)})
+        return MeshConfig(replica=slices, data=count // slices)
+    return MeshConfig(**{_WIDEST.get(name, "data"): count})
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:

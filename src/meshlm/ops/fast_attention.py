@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,17 @@ from meshlm.core.sharding import spec
 from meshlm.ops.attention import MASKED, attend, causal_mask
 
 AttentionName = Literal["plain", "chunked", "splash", "cudnn"]
-ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 # What each platform would like best; the last needs no probe.
-_WISHES: dict[str, tuple[AttentionName, ...]] = {
+WISHES: dict[str, tuple[AttentionName, ...]] = {
     "tpu": ("splash", "chunked"),
     "gpu": ("cudnn", "chunked"),
     "cuda": ("cudnn", "chunked"),
     "cpu": ("plain",),
 }
 # A sequence has at most so many chunks: each is compiled by itself.
-_MAX_CHUNKS = 8
-_MIN_CHUNK = 256
-_SPLASH_BLOCK = 512
+MAX_CHUNKS = 8
+MIN_CHUNK = 256
+SPLASH_BLOCK = 512
 # The kernel's output is saved under this name by the policies of rematerialisation.
 MIXED = "mixed"
 
@@ -77,7 +76,7 @@ def _chunked(
 ) -> jax.Array:
     """A chunk of queries looks at the keys up to its own end; its scores are not kept."""
     length = q_BTNH.shape[1]
-    size = max(_MIN_CHUNK, -(-length // _MAX_CHUNKS))
+    size = max(MIN_CHUNK, -(-length // MAX_CHUNKS))
     chunks = []
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -130,7 +129,7 @@ def _splash(
         q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, *ids: jax.Array
     ) -> Any:
         _, heads, length, _ = q_BNTH.shape
-        size = math.gcd(_SPLASH_BLOCK, length)
+        size = math.gcd(SPLASH_BLOCK, length)
         blocks = kernels.BlockSizes(
             block_q=size,
             block_kv=size,
@@ -188,7 +187,7 @@ def choose_attention(
         dtype: of queries, keys and values.
         documents: tokens see their own document alone.
     """
-    *wishes, last = _WISHES.get(mesh.devices.flat[0].platform, ("chunked",))
+    *wishes, last = WISHES.get(mesh.devices.flat[0].platform, ("chunked",))
     for name in wishes:
         if _compiles(name, mesh, length, head_dim, dtype, documents):
             return name

@@ -1,14 +1,15 @@
 """The plan against the first steps of a run: what was predicted, what was measured, how far off."""
 
+import logging
 import statistics
 
 import jax
 
-from meshlm.core.errors import MeshLMError
 from meshlm.planning.plan import Plan, make_plan
 from meshlm.planning.setup import Setup
 from meshlm.planning.topology import find_topology
 
+_log = logging.getLogger(__name__)
 # The first step compiles, the second may still wait for the host.
 _UNCOUNTED = 2
 _COUNTED = 5
@@ -37,7 +38,8 @@ def check_here(setup: Setup) -> PlanCheck:
     """Returns the check of a run on this machine's devices; it says nothing where none can be."""
     try:
         plan = make_plan(setup, find_topology("here", setup.step.compute.dtype), compile=False)
-    except MeshLMError:  # a run is not refused for want of a plan
+    except Exception:  # a run neither ends nor is refused for want of a plan
+        _log.debug("no plan was made of this run", exc_info=True)
         plan = None
     return PlanCheck(plan)
 

@@ -16,7 +16,7 @@ from meshlm.core.config import from_dict, to_dict
 from meshlm.core.errors import MeshLMError, UsageError
 from meshlm.planning.hlo import Collective, Traffic, Where
 from meshlm.planning.setup import Setup, check_setup
-from meshlm.planning.topology import Topology
+from meshlm.planning.topology import Topology, check_devices
 
 __all__ = ["Collective", "Compiled", "Traffic", "Where", "compile_setup"]
 
@@ -79,11 +79,7 @@ def compile_setup(setup: Setup, topology: Topology, *, timeout_s: float = 900) -
         MeshLMError: the compiler failed, or took longer than `timeout_s`.
     """
     check_setup(setup)
-    if setup.mesh.num_devices > topology.num_devices:
-        raise UsageError(
-            f"--topology {topology.name} has {topology.num_devices} devices and the mesh wants "
-            f"{setup.mesh.num_devices}: lower --mesh.*, or choose a larger one"
-        )
+    check_devices(setup.mesh, topology)
     if not topology.compiles:
         missing = topology.facts.platform == "tpu"
         reason = f"libtpu is missing: {HOW_TO_COMPILE}" if missing else "only a machine with it can"

@@ -66,19 +66,22 @@ def _laid(topology: Topology, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
     return axes_on_torus(topology, mesh)
 
 
-def _hosts(axes: Axes, mesh: MeshConfig, topology: Topology) -> Route:
+def _hosts(axes: Axes, mesh: MeshConfig, topology: Topology) -> Route | None:
     """Hosts of devices behind a fast switch; between hosts each device has its share of a network.
 
     The devices of a group that are on one host bring in its data from others together.
     """
-    link, network = topology.interconnect.link_bytes_per_s, topology.interconnect
+    joined = topology.interconnect
     inside, room = 1, topology.devices_per_host
     for axis in reversed(AXES):
         here = math.gcd(getattr(mesh, axis), room)
         room //= here
         inside *= here if axis in axes else 1
     group = mesh.shards(axes)
-    speed = link or 0.0
-    if group > inside:
-        speed = min(speed, inside * (network.network_bytes_per_s or 0.0))
+    speed = joined.link_bytes_per_s
+    if group > inside and speed is not None:
+        network = joined.network_bytes_per_s
+        speed = None if network is None else min(speed, inside * network)
+    if speed is None:
+        return None
     return Route(bytes_per_s=speed, hops=math.log2(group))

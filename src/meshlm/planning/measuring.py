@@ -20,17 +20,21 @@ _TIMES = 3
 def measured_cpu(facts: DeviceFacts, dtype: str) -> DeviceFacts:
     """Returns the facts of one of a CPU's devices, which share its cores and memory.
 
+    They are shared among this process's devices. Several processes on one host share it too, which
+    none of them knows: each then has less.
+
     Args:
         facts: what is known without a look.
         dtype: of the products' operands; bfloat16 and float32 differ by a factor of up to five.
     """
     flops, bandwidth = _speeds(dtype)
+    devices = jax.local_device_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return dataclasses.replace(
         facts,
-        peak_flops=flops / facts.count,
-        bandwidth_bytes_per_s=bandwidth / facts.count,
-        memory_bytes=memory // facts.count,
+        peak_flops=flops / devices,
+        bandwidth_bytes_per_s=bandwidth / devices,
+        memory_bytes=memory // devices,
     )
 
 

@@ -12,15 +12,15 @@ import jax
 
 from meshlm.core.sharding import Axes
 from meshlm.model.params import Weight, describe
+from meshlm.ops.fast_attention import MAX_CHUNKS
 from meshlm.ops.loss import CHUNK_ROWS, MAX_STRETCHES, STRETCH_ROWS
+from meshlm.optim import LEAST_FACTORED
 from meshlm.planning.setup import Setup
 
 _FLOAT = 4
 _INT = 4
-# Least length of both sides from which adafactor keeps rows and columns of a matrix's squares.
-_LEAST_FACTORED = 128
-# Share of the scores of a sequence that exist at once: one of eight chunks of queries, or none.
-_SCORES_AT_ONCE = {"plain": 1.0, "chunked": 1 / 8, "splash": 0.0, "cudnn": 0.0}
+# Share of the scores of a sequence that exist at once: one chunk of queries', or none.
+_SCORES_AT_ONCE = {"plain": 1.0, "chunked": 1 / MAX_CHUNKS, "splash": 0.0, "cudnn": 0.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def _moments(weight: Weight, setup: Setup) -> int:
     if setup.step.optimizer.name == "adamw":
         return 2 * elements(weight, setup)
     sizes = sorted(range(len(weight.shape)), key=weight.shape.__getitem__)
-    if len(sizes) < 2 or weight.shape[sizes[-2]] < _LEAST_FACTORED:
+    if len(sizes) < 2 or weight.shape[sizes[-2]] < LEAST_FACTORED:
         return elements(weight, setup)
     # The means over each of its two longest dims.
     return sum(elements(_without(weight, dim), setup) for dim in sizes[-2:])

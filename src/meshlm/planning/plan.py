@@ -3,14 +3,13 @@
 import dataclasses
 from typing import Any
 
-from meshlm.core.errors import UsageError
 from meshlm.model.flops import flops_per_token
 from meshlm.model.params import count_params
 from meshlm.planning.compiling import Compiled, compile_setup
 from meshlm.planning.memory import MemoryEstimate, estimate_memory
 from meshlm.planning.prediction import Prediction, executed_flops, predict
 from meshlm.planning.setup import Setup, check_setup
-from meshlm.planning.topology import Topology
+from meshlm.planning.topology import Topology, check_devices
 from meshlm.planning.work import Work, count_work
 
 # What a program finds free of a device's memory; the compiler for v3 states 15.48 of 16 GiB.
@@ -62,7 +61,7 @@ class Plan:
         if self.compiled is not None and not self.compiled.fits:
             return False
         if self.available_bytes is None:
-            return None if self.compiled is None else True
+            return None
         return self.peak_bytes <= self.available_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def make_plan(setup: Setup, topology: Topology, *, compile: bool = True) -> Plan
         UsageError: setup and topology do not fit each other, or there is no compiler for it here.
         MeshLMError: the compiler failed.
     """
-    check_devices(setup, topology)
+    check_devices(setup.mesh, topology)
     check_setup(setup)
     compiled = compile_setup(setup, topology) if compile and topology.compiles else None
     return Plan(
@@ -167,16 +166,6 @@ def make_plan(setup: Setup, topology: Topology, *, compile: bool = True) -> Plan
         compiled=compiled,
         prediction=_prediction(setup, topology, compiled),
     )
-
-
-def check_devices(setup: Setup, topology: Topology) -> None:
-    """Raises UsageError where the mesh wants more devices than there are."""
-    wanted, there = setup.mesh.num_devices, topology.num_devices
-    if wanted > there:
-        raise UsageError(
-            f"--mesh.* of {wanted} devices: {topology.name} has {there}: give a smaller mesh or a "
-            "larger --topology"
-        )
 
 
 def _prediction(setup: Setup, topology: Topology, compiled: Compiled | None) -> Prediction | None:

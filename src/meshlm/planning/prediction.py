@@ -26,7 +26,8 @@ PRODUCT_EFFICIENCY = 0.8
 # Rows and columns of a chip's matrix unit where they are not 128. Source: Google's TPU v6e pages.
 _UNIT_WIDTHS = {"TPU v6 lite": 256, "TPU v6e": 256, "TPU7x": 256}
 _UNIT_WIDTH = 128
-_CPU_VECTOR = 16
+# Of what is no TPU: a CPU's vectors, and the pieces that a GPU's tensor cores multiply.
+_SMALL_WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,8 @@ def _known(facts: DeviceFacts) -> tuple[float, float]:
 
 def _padding(head_dim: int, kind: str) -> float:
     """Returns the factor by which a matrix unit wider than a head works in vain."""
-    width = _UNIT_WIDTHS.get(kind, _CPU_VECTOR if kind == "cpu" else _UNIT_WIDTH)
+    unit = _UNIT_WIDTH if kind.startswith("TPU") else _SMALL_WIDTH
+    width = _UNIT_WIDTHS.get(kind, unit)
     return math.ceil(head_dim / width) * width / head_dim
 
 

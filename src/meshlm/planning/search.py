@@ -62,7 +62,7 @@ def search(
         tried += 1
         tell(f"compiling {len(good) + 1} of {compile_best}: {describe_setup(plan.setup)}")
         found = make_plan(plan.setup, topology)
-        good += [found] if found.fits else []
+        good += [] if found.fits is False else [found]
     return sorted(good, key=_seconds_a_token) + ranked[tried:]
 
 
@@ -89,14 +89,20 @@ def nearest_that_fits(plan: Plan, *, compile: bool = True) -> Plan | None:
 
 
 def describe_setup(setup: Setup) -> str:
-    """Returns what a search varies, as options of the command line."""
-    mesh = " ".join(
-        f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(setup.mesh).items() if size > 1
-    )
-    return (
-        f"--sharding {setup.sharding} {mesh} --remat {setup.step.compute.remat} "
-        f"--accumulate {setup.step.accumulate} --batch-size {setup.batch_size}"
-    )
+    """Returns what a search varies, as options of `meshlm plan` and `meshlm train`.
+
+    One device is what a run takes without both, and --sharding alone would take all.
+    """
+    sizes = {f"--mesh.{axis}": size for axis, size in dataclasses.asdict(setup.mesh).items()}
+    options: dict[str, object] = {name: size for name, size in sizes.items() if size > 1}
+    if options:
+        options = {"--sharding": setup.sharding, **options}
+    options |= {
+        "--remat": setup.step.compute.remat,
+        "--accumulate": setup.step.accumulate,
+        "--batch-size": setup.batch_size,
+    }
+    return " ".join(f"{name} {value}" for name, value in options.items())
 
 
 def _variants(setup: Setup, topology: Topology, sizes: Sequence[int]) -> Iterator[Setup]:

@@ -45,10 +45,15 @@ def check_setup(setup: Setup) -> None:
     context = setup.step.model.context_length
     if not 1 <= setup.seq_len <= context:
         raise UsageError(f"--seq-len {setup.seq_len}: the model's context is {context}: give less")
-    devices = setup.mesh.shards(setup.rules.batch)
-    shards = devices * setup.step.accumulate
-    if setup.batch_size < 1 or setup.batch_size % shards:
+    check_batch_divides(setup.batch_size, setup.step.accumulate, setup.mesh, setup.rules)
+
+
+def check_batch_divides(batch_size: int, accumulate: int, mesh: MeshConfig, rules: Rules) -> None:
+    """Raises UsageError where a batch does not divide among devices and parts."""
+    devices = mesh.shards(rules.batch)
+    shards = devices * accumulate
+    if batch_size < 1 or batch_size % shards:
         raise UsageError(
-            f"--batch-size {setup.batch_size} does not divide among {devices} devices times "
-            f"--accumulate {setup.step.accumulate}: give a multiple of {shards}"
+            f"--batch-size {batch_size} does not divide among {devices} devices times "
+            f"--accumulate {accumulate}: give a multiple of {shards}"
         )

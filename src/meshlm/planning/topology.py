@@ -102,6 +102,16 @@ def find_topology(name: str, dtype: str = "bfloat16") -> Topology:
     )
 
 
+def check_devices(mesh: MeshConfig, topology: Topology) -> None:
+    """Raises UsageError where a mesh wants more devices than there are."""
+    wanted, there = mesh.num_devices, topology.num_devices
+    if wanted > there:
+        raise UsageError(
+            f"--mesh.* of {wanted} devices: {topology.name} has {there}: give a smaller mesh or a "
+            "larger --topology"
+        )
+
+
 def compiler_name(name: str) -> str:
     """Returns what the compiler calls a topology of TPUs."""
     generation, _, shape = name.partition(":")
@@ -161,6 +171,8 @@ def _here(dtype: str) -> Topology:
     facts = device_facts()
     if facts.platform == "cpu":
         facts = measured_cpu(facts, dtype)
+    # A process may have one GPU of its host alone, so processes do not tell the hosts.
+    here = min(facts.count, _GPUS_OF_A_HOST) if facts.platform == "gpu" else facts.count
     return Topology(
         name="here",
         device_kind=facts.kind,
@@ -168,7 +180,7 @@ def _here(dtype: str) -> Topology:
         chips=(),
         wraps=(),
         devices_per_chip=devices_per_chip(facts.kind),
-        devices_per_host=facts.count,
+        devices_per_host=here,
         facts=facts,
         interconnect=interconnect_of(facts.kind),
         compiles=True,

@@ -5,15 +5,21 @@ written or read while it is there. Their numbers were counted in compiled steps 
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 
+from meshlm.core.errors import UsageError
 from meshlm.core.sharding import AXES, Axes
 from meshlm.model.compute import Remat
 from meshlm.model.params import describe
-from meshlm.ops.fast_attention import AttentionName
+from meshlm.ops.fast_attention import (
+    MAX_CHUNKS,
+    MIN_CHUNK,
+    SPLASH_BLOCK,
+    WISHES,
+    AttentionName,
+)
 from meshlm.planning.memory import elements, layer_elements, part_tokens, stretch, widths
 from meshlm.planning.setup import Setup
 from meshlm.planning.topology import Topology
@@ -49,27 +55,65 @@ _KEPT: dict[Remat, int] = {"none": 0, "minimal": 0, "full": 2}
 _SCORES_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 1, "full": 2}
 FORMS: dict[AttentionName, AttentionForm] = {
     "plain": AttentionForm(backward=4, again=_SCORES_AGAIN, stores_scores=True),
-    "chunked": AttentionForm(backward=5, again=_KEPT, chunk=256, most_chunks=8, stores_scores=True),
+    "chunked": AttentionForm(
+        backward=5, again=_KEPT, chunk=MIN_CHUNK, most_chunks=MAX_CHUNKS, stores_scores=True
+    ),
     # Two kernels go backward, one for queries and one for keys and values; both need the scores.
     # Their sums of a row are written as wide as 128 lanes.
-    "splash": AttentionForm(backward=7, again=_KEPT, chunk=512, passes=90),
+    "splash": AttentionForm(backward=7, again=_KEPT, chunk=SPLASH_BLOCK, passes=90),
     "cudnn": AttentionForm(backward=5, again=_KEPT, chunk=128),
 }
 
 
-def best_attention(topology: Topology, head_dim: int) -> AttentionName:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attended:
+    """What a form of attention is asked to do."""
+
+    head_dim: int
+    dtype: str = "bfloat16"
+    documents: bool = False
+
+
+def best_attention(topology: Topology, asked: Attended) -> AttentionName:
     """Returns the form of attention that a run chooses on these devices.
 
     A run finds it by compiling each (`ops.fast_attention.choose_attention`); what then comes out is
-    known: the TPUs' kernel knows no v2 and v3 and no other heads than of whole lanes, cuDNN's no
-    heads above 128 before Hopper.
+    known.
     """
+    for name in WISHES.get(topology.facts.platform, ()):
+        if not _obstacle(name, topology, asked):
+            return name
+    return "chunked"
+
+
+def check_form(name: AttentionName, topology: Topology, asked: Attended) -> None:
+    """Raises UsageError where a form of attention is known not to compile for these devices."""
+    obstacle = _obstacle(name, topology, asked)
+    if obstacle:
+        raise UsageError(
+            f"--attention {name}: its kernel is {obstacle}, and {topology.name} is "
+            f"{topology.device_kind}: leave it out, and the best that does is chosen"
+        )
+
+
+def _obstacle(name: AttentionName, topology: Topology, asked: Attended) -> str:
+    """Returns what a form would need and does not have here; empty where nothing is missing."""
     platform, kind = topology.facts.platform, topology.device_kind
-    if platform == "cpu":
-        return "plain"
-    if platform == "tpu":
-        return "splash" if kind not in ("TPU v2", "TPU v3") and head_dim % 128 == 0 else "chunked"
-    return "chunked" if "A100" in kind and head_dim > 128 else "cudnn"
+    needs: dict[AttentionName, dict[str, bool]] = {
+        "splash": {
+            "for TPUs from v4 on": platform == "tpu" and kind not in ("TPU v2", "TPU v3"),
+            f"for heads of whole lanes of 128, not {asked.head_dim}": asked.head_dim % 128 == 0,
+        },
+        "cudnn": {
+            "for NVIDIA's GPUs": platform == "gpu",
+            "for bfloat16": asked.dtype == "bfloat16",
+            "without a document mask": not asked.documents,
+            f"for heads up to 128 before Hopper, not {asked.head_dim}": (
+                "A100" not in kind or asked.head_dim <= 128
+            ),
+        },
+    }
+    return next((need for need, met in needs.get(name, {}).items() if not met), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,10 +306,3 @@ def wire_bytes(op: str, size: float, group: int) -> float:
     if op == "collective-permute":
         return size
     return (2.0 if op == "all-reduce" else 1.0) * size * (group - 1) / group
-
-
-def total_wire_bytes(work: Work, setup: Setup) -> float:
-    """Returns the bytes that one device takes in during a step."""
-    return math.fsum(
-        t.count * wire_bytes(t.op, t.bytes, setup.mesh.shards(t.axes)) for t in work.transfers
-    )

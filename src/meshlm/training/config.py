@@ -30,6 +30,7 @@ from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
 from meshlm.model.params import check_divides, count_params
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
+from meshlm.planning.setup import check_batch_divides
 from meshlm.step import StepConfig
 
 Recipe = Literal["mtj-2021"]
@@ -379,13 +380,7 @@ def _new_optimizer(
 def check_batch(record: RunConfig, mesh: MeshConfig) -> None:
     """Raises UsageError where batch, accumulation and mesh do not divide."""
     check_divides(record.model, mesh)
-    devices = mesh.shards(current_rules().batch)
-    shards = devices * record.accumulate
-    if record.batch_size % shards:
-        raise UsageError(
-            f"--batch-size {record.batch_size} does not divide among {devices} devices times "
-            f"--accumulate {record.accumulate}: give a multiple of {shards}"
-        )
+    check_batch_divides(record.batch_size, record.accumulate, mesh, current_rules())
 
 
 def read_run_config(content: Any, where: str) -> RunConfig:
