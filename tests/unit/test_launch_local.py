@@ -158,3 +158,17 @@ def test_what_it_cannot_run_is_refused(n, devices, words, message):
     with pytest.raises(UsageError) as caught:
         launch.run(launch.Config(n=n, devices=devices), words)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to run: write meshlm launch local -n 2 -- train"),
+        (["generate", "runs/x"], "generate is no command for several processes"),
+        (["train", "--process-id", "1"], "--process-id: meshlm launch local gives it"),
+        (["train", "--coordinator=127.0.0.1:1"], "--coordinator: meshlm launch local gives it"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_at_once(words, said):
+    with pytest.raises(UsageError, match=said):
+        launch.run(launch.Config(), words)

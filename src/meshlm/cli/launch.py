@@ -26,6 +26,7 @@ _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 _BEGIN = "from meshlm.cli.launch import begin; begin()"
 _SAVED = (75, 130)
+_OWN_OPTIONS = ("--coordinator", "--num-processes", "--process-id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,7 @@ def run(config: Config, words: Sequence[str]) -> int:
     for option, value in (("-n", config.n), ("--devices", config.devices)):
         if value is not None and value < 1:
             raise UsageError(f"{option} {value}: give 1 or more")
-    if list(words[:1]) != ["train"]:
-        raise UsageError("what to run is missing: write meshlm launch local -n 2 -- train ...")
+    _check_words(words)
     processes = _Processes(config, words)
     handlers = {n: signal.signal(n, processes.pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -58,6 +58,18 @@ def run(config: Config, words: Sequence[str]) -> int:
         processes.kill()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    if list(words[:1]) != ["train"]:
+        what = f"{words[0]} is no command for several processes" if words else "nothing to run"
+        raise UsageError(f"{what}: write meshlm launch local -n 2 -- train ...")
+    for word in words:
+        option = word.partition("=")[0]
+        if option in _OWN_OPTIONS:
+            raise UsageError(
+                f"{option}: meshlm launch local gives it to each process: leave it out"
+            )
 
 
 def begin() -> None:
