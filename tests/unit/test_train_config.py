@@ -12,10 +12,10 @@ import pytest
 
 from meshlm.core.config import from_dict, to_dict, to_json
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.core.sharding import MeshConfig
+from meshlm.core.sharding import MeshConfig, make_mesh
 from meshlm.model.config import PRESETS
 from meshlm.planning.memory import least_memory
-from meshlm.training import loop
+from meshlm.training import loop, start
 from meshlm.training.config import (
     _NUMBERS,
     _WHOLE_NUMBERS,
@@ -179,6 +179,24 @@ def test_memory():
     for huge in ({"preset": "23b"}, {"preset": "test", "batch_size": 2**31 - 1}):
         with pytest.raises(UsageError, match="GB of memory a device"):
             check_memory(begun(**huge), MeshConfig())
+
+
+def test_the_memory_of_hosts_that_are_not_known_refuses_nothing(monkeypatch):
+    huge = begun(preset="23b")
+    monkeypatch.setattr("meshlm.training.memory.count", lambda: 2)
+    check_memory(huge, MeshConfig())
+
+
+@pytest.mark.parametrize("first", ["plain", "splash"])
+def test_all_processes_take_one_attention(monkeypatch, first):
+    monkeypatch.setattr(start, "share", lambda _: first)
+    config, mesh = options(), make_mesh(MeshConfig())
+    record = begun(preset="test")
+    if first == "plain":
+        assert start.pick_attention(config, record, mesh) == "plain"
+        return
+    with pytest.raises(UsageError, match="attention is splash by process 0's devices and plain by"):
+        start.pick_attention(config, record, mesh)
 
 
 def test_checkpoint_files_carry_the_noise_scale():

@@ -4,6 +4,7 @@ import os
 
 from meshlm.core.errors import UsageError
 from meshlm.core.platform import device_facts
+from meshlm.core.processes import count
 from meshlm.core.sharding import MeshConfig, current_rules
 from meshlm.model.compute import Remat
 from meshlm.ops.fast_attention import AttentionName
@@ -29,10 +30,14 @@ def setup_of_run(
 def check_memory(record: RunConfig, mesh: MeshConfig) -> None:
     """Raises UsageError, with the bytes needed and there, where a run cannot fit.
 
-    Nothing is refused on devices whose memory is not known.
+    Nothing is refused on devices whose memory is not known, nor on the CPUs of several processes:
+    how many of them share a machine's memory is not known either.
     """
     facts = device_facts()
-    if facts.platform == "cpu":  # however many devices there are, they share it
+    if facts.platform == "cpu":
+        if count() > 1:
+            return
+        # However many devices there are, they share it.
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.num_devices
     elif facts.memory_bytes is not None:
         there = facts.memory_bytes

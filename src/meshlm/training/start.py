@@ -152,8 +152,23 @@ def pick_attention(
     """Returns the form of attention that was asked for, or the best that these devices can do.
 
     Raises:
-        UsageError: the one that was asked for does not compile.
+        UsageError: the one that was asked for does not compile, or processes differ in their best.
     """
+    ours: AttentionName = together(lambda: _pick_alone(config, record, mesh))
+    theirs = share(lambda: ours)
+    together(lambda: _compare_attention(ours, theirs))
+    return ours
+
+
+def _compare_attention(ours: str, theirs: str) -> None:
+    if ours != theirs:
+        raise UsageError(
+            f"attention is {theirs} by process 0's devices and {ours} by another one's: give all "
+            "processes the same devices and libraries, or --attention chunked"
+        )
+
+
+def _pick_alone(config: TrainConfig, record: RunConfig, mesh: jax.sharding.Mesh) -> AttentionName:
     facts = {
         "length": record.seq_len,
         "head_dim": record.model.head_dim,
