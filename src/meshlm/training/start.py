@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,11 @@ from meshlm.training.origin import check_tokenizer, describe_origin, open_origin
 from meshlm.training.run_folder import CONFIG_FILE, free_options, read_config
 from meshlm.training.settings import read_settings
 
-# What a run that was killed at its very beginning leaves.
+_log = logging.getLogger(__name__)
+
 _FOLDER_TIMEOUT_S = 60.0  # file systems show others' files late
+_TELL_AFTER_S = 3.0
+# What a run that was killed at its very beginning leaves.
 _BEFORE_CONFIG = (LOCK_NAME, f"{CONFIG_FILE}.partial")
 
 
@@ -73,7 +77,8 @@ def _take_folder(config: TrainConfig, held: contextlib.ExitStack) -> str:
 
 
 def _find_folder(run: Path, holder: str) -> None:
-    until_s = time.monotonic() + _FOLDER_TIMEOUT_S
+    began_s = time.monotonic()
+    until_s, told = began_s + _FOLDER_TIMEOUT_S, False
     while True:
         with contextlib.suppress(OSError):
             if (run / LOCK_NAME).read_text() == holder:
@@ -83,6 +88,11 @@ def _find_folder(run: Path, holder: str) -> None:
                 f"--run {run} is not the folder that process 0 has: give a folder on a file "
                 "system that all processes share"
             )
+        if not told and time.monotonic() > began_s + _TELL_AFTER_S:
+            _log.warning(
+                "waiting to see %s as process 0 does, %.0f s at most", run, _FOLDER_TIMEOUT_S
+            )
+            told = True
         time.sleep(0.5)
 
 
