@@ -106,6 +106,7 @@ def test_signals_save_and_a_second_run_is_refused(straight, cli, compiled, tmp_p
     assert_same_run(run, undisturbed, STEPS)
 
 
+@pytest.mark.long  # where the run is faster than the second signal, it has ended by itself
 @pytest.mark.parametrize("straight", ["plain"], indirect=True)
 def test_a_second_signal_ends_a_run_at_once(straight, cli, compiled, tmp_path):
     options, _ = straight

@@ -87,7 +87,7 @@ def test_what_cannot_go_on_is_refused(meshlm, original, run_of_10, store, tmp_pa
     assert meshlm("convert", run_of_10, tmp_path / "hf", "--to", "hf")[0] == 0
     both = ("--init", tmp_path / "hf", "--resume-from", original / "full")
     cases = {
-        ("--resume-from", tmp_path / "hf", "--steps", "20"): "no optimizer's state",
+        ("--resume-from", tmp_path / "hf", "--steps", "20"): "no moments of Adam",
         ("--resume-from", original / "full", "--steps", "4"): "is at step 4 already",
         (*both, "--steps", "20"): "give one",
         ("--init", tmp_path / "hf", "--preset", "demo"): "--preset demo",
