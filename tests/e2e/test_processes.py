@@ -27,6 +27,11 @@ EXACT = ("--compute-dtype", "float32")
 SLOWLY = ("--eval-every", "1", "--eval-tokens", "4096", "--checkpoint-every", "3")
 NUMBERS = ("loss", "grad_norm", "val_loss", "val_bits_per_byte")
 TOLERANCE = 1e-5
+# What gloo prints, a part at a time: the parts of its threads' lines mix.
+GLOO = re.compile(
+    r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |"
+    r"Expected number of connected peer ranks is : |\n"
+)
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_two_processes_train_as_one_does(team, store, tmp_path, alone):
     assert re.search(r"self-test: a sum over all 4 devices is right and took [\d.]+ ms", first.out)
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_12.json", "step_6.json"]
     # One writes and speaks; JAX's own words aside, the other is silent.
-    assert [line for line in second.out.splitlines() if not line.startswith("[Gloo]")] == []
+    assert GLOO.sub("", second.out) == ""
     assert second.err == ""
     assert_each_reads_its_own(started.folder)
     # Medians: one step on a busy machine may wait for the processor, and not for data.
@@ -248,8 +253,8 @@ def test_a_save_that_fails_in_one_is_known_to_both(team, store, tmp_path, undist
     broken = {0: {"MESHLM_FAILPOINT": "before-manifest:error"}}
     ended = team(*options, env_of=broken).wait()
     assert [process.code for process in ended] == [1, 1], ended
-    assert "was not saved" in ended[0].said
-    assert "a checkpoint failed in another process" in ended[1].err or "process 0" in ended[1].said
+    assert ended[0].said.startswith("checkpoint of step 12 was not saved: ")
+    assert ended[1].said == f"in another process, {ended[0].said}"
     assert len(lines(run)) == STEPS
     assert checkpoint.complete_steps(run / "checkpoints") == []
     again = team(*options).wait()

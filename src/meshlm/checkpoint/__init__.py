@@ -7,10 +7,11 @@ A folder of checkpoints holds one folder per step. Format version 1:
       arrays/           the arrays, written by Orbax (OCDBT + zarr3, not compressed, logical shapes)
       config.json ...   small files that the caller gave as bytes
 
-A step is written as `.saving-step_200` and renamed when every file and folder in it is on disk, so
-`step_200` is whole or absent whatever kills the process. Whatever is older and no longer kept is
-renamed to `.deleted-step_N` before it is removed. Names that start with a dot are leftovers of a
-killed process: readers ignore them, `clean_leftovers` removes them.
+A step is written as `.saving-step_200.1` (the last number counts attempts) and renamed when every
+file and folder in it is on disk, so `step_200` is whole or absent whatever kills the process.
+Whatever is older and no longer kept is renamed to `.deleted-step_N` before it is removed. Names
+that start with a dot are leftovers of a killed process: readers ignore them, `clean_leftovers`
+removes them.
 
 `manifest.json` is canonical JSON (sorted keys, indent 1) with its own SHA-256 under `sha256`, taken
 over the same JSON without that key. A version above this one's is refused.

@@ -23,9 +23,12 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step}"
 
 
-def saving_path(folder: Path, step: int) -> Path:
-    """Where a step is written before it is whole. The same name in every process of a run."""
-    return folder / f"{_SAVING}step_{step}"
+def saving_path(folder: Path, step: int, attempt: int) -> Path:
+    """Where a step is written before it is whole. The same name in every process of a run.
+
+    Each attempt has its own: what is left of one that was given up may still be written to.
+    """
+    return folder / f"{_SAVING}step_{step}.{attempt}"
 
 
 def step_of(path: Path) -> int | None:
@@ -62,13 +65,13 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def publish(folder: Path, step: int) -> None:
+def publish(folder: Path, step: int, finished: Path) -> None:
     """Gives a finished `.saving-` folder its name, in place of an older one of the same step."""
     final = step_path(folder, step)
     replaced = folder / f"{_REPLACED}{final.name}"
     if final.exists():
         final.rename(replaced)
-    saving_path(folder, step).rename(final)
+    finished.rename(final)
     sync_folder(folder)
     if replaced.exists():
         remove_tree(replaced)

@@ -60,6 +60,8 @@ class _Save:
     """A save that was begun."""
 
     step: int
+    folder: Path
+    """Where it is written; its own."""
     is_decided: bool = False
     """Whether its own thread ends it, or it was given up."""
 
@@ -89,7 +91,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._newest: _Save | None = None
-        self._saves = 0
+        self._attempts = 0
         self._unreported: MeshLMError | None = None
         self.last_error: MeshLMError | None = None
         """Why the last finished save failed; None once a later one has succeeded."""
@@ -115,8 +117,8 @@ class Checkpointer:
         except Exception as error:
             self._unreported = None
             self.last_error = _not_saved(step, error)
-            if jax.process_index() == 0:
-                remove_tree(saving_path(self._folder, step))
+            if jax.process_index() == 0 and self._newest is not None:
+                remove_tree(self._newest.folder)
             raise self.last_error from error
         if earlier is not None:
             raise earlier
@@ -156,9 +158,9 @@ class Checkpointer:
     def _begin(
         self, step: int, arrays: Mapping[str, jax.Array], files: Mapping[str, bytes]
     ) -> None:
-        target = saving_path(self._folder, step)
-        with self._lock:
-            self._newest = save = _Save(step)
+        self._attempts += 1
+        target = saving_path(self._folder, step, self._attempts)
+        self._newest = save = _Save(step, target)
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             clean_leftovers(self._folder)
@@ -168,7 +170,6 @@ class Checkpointer:
         with context:
             response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
         infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
-        self._saves += 1
         finish = functools.partial(self._commit, save, response, infos, files)
         self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}", daemon=True)
         self._thread.start()
@@ -185,17 +186,18 @@ class Checkpointer:
         # Orbax returns here in process 0 only after every process has written its part.
         failed = _failure(response)
         if not self._decide(save):
-            self._remove_rest(save)
+            if jax.process_index() == 0:
+                remove_tree(save.folder)
             return
         try:
             if failed is not None:
                 raise failed
             if jax.process_index() == 0:
-                self._write_rest(step, arrays, files)
+                self._write_rest(save, arrays, files)
             self.last_error = None
         except Exception as error:
             if jax.process_index() == 0:
-                remove_tree(saving_path(self._folder, step))
+                remove_tree(save.folder)
             self.last_error = self._unreported = _not_saved(step, error)
             self.last_error.__cause__ = error
             tell(self._failure_key(), str(self.last_error))
@@ -210,20 +212,12 @@ class Checkpointer:
             save.is_decided = True
         return first
 
-    def _remove_rest(self, save: _Save) -> None:
-        """Removes what a save that was given up has written, and nothing of a newer one."""
-        with self._lock:
-            newest = self._newest
-            is_own = newest is save or newest is None or newest.step != save.step
-            if is_own and jax.process_index() == 0:
-                remove_tree(saving_path(self._folder, save.step))
-
     def _write_rest(
-        self, step: int, arrays: Mapping[str, ArrayInfo], files: Mapping[str, bytes]
+        self, save: _Save, arrays: Mapping[str, ArrayInfo], files: Mapping[str, bytes]
     ) -> None:
-        seal(saving_path(self._folder, step), step, arrays, files)
+        seal(save.folder, save.step, arrays, files)
         failpoint("before-rename")
-        publish(self._folder, step)
+        publish(self._folder, save.step, save.folder)
         failpoint("after-rename")
 
     def _apply_retention(self, newest: int) -> None:
@@ -249,8 +243,8 @@ class Checkpointer:
         if jax.process_count() > 1:
             failed = multihost_utils.process_allgather(np.asarray(error is not None))
             if error is None and np.any(failed):
-                error = MeshLMError("a checkpoint failed in another process; see its log")
-                self.last_error = error
+                reason = heard(self._failure_key()) or "a checkpoint failed; see its log"
+                self.last_error = error = MeshLMError(f"in another process, {reason}")
         return error
 
     def _join(self, thread: threading.Thread) -> None:
@@ -268,7 +262,7 @@ class Checkpointer:
                 return
 
     def _failure_key(self) -> str:
-        return f"checkpoint-{self._saves}"
+        return f"checkpoint-{self._attempts}"
 
 
 def failpoint(name: str) -> None:

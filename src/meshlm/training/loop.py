@@ -352,6 +352,9 @@ class _Run:
 
     def _wait_for_save(self) -> None:
         """Raises MeshLMError where the last save failed: such a run has not ended well."""
+        processes.together(self._check_last_save)  # so that each says what it knows of it itself
+
+    def _check_last_save(self) -> None:
         self.checkpointer.wait()
         if self.checkpointer.last_error is not None:
             raise self.checkpointer.last_error
