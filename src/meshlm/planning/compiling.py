@@ -37,9 +37,10 @@ class Compiled:
     alias_bytes: int = 0
     """Outputs that take the memory of arguments: the new state that of the old."""
     temp_bytes: int = 0
-    """The rest: gradients, activations, gathered weights."""
+    """The rest of the peak: gradients, activations, gathered weights, gaps between them."""
     peak_bytes: int = 0
-    """Arguments, outputs with memory of their own, and temporaries."""
+    """All allocations: arguments, outputs with memory of their own, and temporaries, of which
+    those share their memory that do not live at the same time."""
     available_bytes: int | None = None
     """What the compiler lets a program use of a device's memory, where it says so."""
     flops: float = 0.0
