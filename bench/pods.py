@@ -42,7 +42,7 @@ from meshlm.step import StepConfig
 from original_pod import compile_original
 
 # Ways to recompute of which the best is compiled for the comparison.
-REMATS: tuple[Remat, ...] = ("minimal", "full")
+REMATS: tuple[Remat, ...] = ("minimal", "feed-forward", "full")
 # As the original was trained; it changes neither memory nor time.
 OPTIMIZER = OptimizerConfig(
     learning_rate=1.2e-4, end_learning_rate=1.2e-5, warmup_steps=3000, anneal_steps=300_000
@@ -62,10 +62,10 @@ class Study:
     shards: int
     """The original's; its copies share the rest of the devices, and a part is a sequence each."""
     batch_size: int
-    """Sequences in a step, everywhere."""
+    """Sequences in a step of the comparison."""
     seq_len: int
-    pods: tuple[tuple[str, str], ...]
-    """Presets and topologies for which the best way is searched."""
+    pods: tuple[tuple[str, str, int], ...]
+    """Presets, topologies and sequences in a step for which the best way is searched."""
     other_depth: int
     """Layers of the model whose compile time is compared with that of `preset`."""
 
@@ -78,12 +78,16 @@ LARGE = Study(
     batch_size=512,
     seq_len=2048,
     pods=(
-        ("gpt-j-6b", "v5e:16x16"),
-        ("gpt-j-6b", "v6e:16x16"),
-        ("gpt-j-6b", "v4:4x4x8"),
-        ("gpt-j-6b", "v5p:4x4x8"),
-        ("23b", "v3:16x8"),
-        ("23b", "v5p:4x4x8"),
+        ("gpt-j-6b", "v4:4x4x8", 512),
+        ("gpt-j-6b", "v4:4x4x8", 1024),
+        ("gpt-j-6b", "v5e:16x16", 512),
+        ("gpt-j-6b", "v5e:16x16", 1024),
+        ("gpt-j-6b", "v5p:4x4x8", 512),
+        ("gpt-j-6b", "v5p:4x4x8", 1024),
+        ("gpt-j-6b", "v6e:16x16", 512),
+        ("gpt-j-6b", "v6e:16x16", 1024),
+        ("23b", "v3:16x8", 512),
+        ("23b", "v5p:4x4x8", 512),
     ),
     other_depth=14,
 )
@@ -104,7 +108,7 @@ SMALL = Study(
     shards=4,
     batch_size=16,
     seq_len=128,
-    pods=(("tiny", "v5e:2x4"),),
+    pods=(("tiny", "v5e:2x4", 32),),
     other_depth=2,
 )
 # Compiles of one search.
@@ -120,7 +124,8 @@ def setup_of(study: Study, preset: str, topology: Topology, **changes: Any) -> S
     step = StepConfig(
         model=model,
         optimizer=OPTIMIZER,
-        compute=Compute(remat="full", attention=attention),
+        # As the original summed them.
+        compute=Compute(remat="full", attention=attention, reduce_dtype="bfloat16"),
         z_loss=Z_LOSS,
     )
     setup = Setup(
@@ -174,9 +179,10 @@ def ours(study: Study) -> Iterator[Plan]:
 
 def pods(study: Study) -> Iterator[Plan]:
     """The best way by formula on each pod that the compiler takes."""
-    for preset, name in study.pods:
+    for preset, name, batch_size in study.pods:
         topology = find_topology(name)
-        yield from first_that_fits(search(setup_of(study, preset, topology), topology))
+        setup = setup_of(study, preset, topology, batch_size=batch_size)
+        yield from first_that_fits(search(setup, topology))
 
 
 def depth(study: Study) -> Iterator[Plan]:

@@ -220,7 +220,7 @@ def times(result: dict[str, Any]) -> str:
 def fleet(result: dict[str, Any]) -> str:
     """Ours on every pod."""
     head = (
-        "model", "pod", "devices", "step", "peak memory, GB", "on the wire, GB",
+        "model", "pod", "devices", "sequences", "step", "peak memory, GB", "on the wire, GB",
         "predicted step, s", "tokens/s", "predicted MFU", "compiled in, s",
     )  # fmt: skip
     ours = plans(result, "ours")
@@ -230,6 +230,7 @@ def fleet(result: dict[str, Any]) -> str:
             f"{plan['preset']}, {plan['parameters'] / 1e9:.2f}e9 parameters",
             f"{plan['device_kind']}, {plan['topology']}",
             str(plan["devices"]),
+            str(plan["batch_size"]),
             way(plan),
             gb(plan["peak_bytes"]),
             gb(total_wire(plan)),

@@ -53,7 +53,7 @@ NONSENSE = [
     ("--sample-every 1 --sample-tokens 200", 2, "do not fit the context of 128"),
     ("--sample-prompts", 2, "--sample-prompts has no value"),
     ("--compute-dtype float16", 2, "did you mean bfloat16?"),
-    ("--remat some", 2, "choose one of full, minimal, none"),
+    ("--remat some", 2, "choose one of feed-forward, full, minimal, none"),
     ("--document-mask maybe", 2, "unexpected maybe"),
     ("--mesh.data 0", 2, "--mesh.data is 0"),
     ("--mesh.data -1", 2, "--mesh.data is -1"),

@@ -99,7 +99,7 @@ def compiled(sizes: tuple[int, int, int], remat: str) -> str:
         return lowered.compile().as_text()
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
+@pytest.mark.parametrize("remat", ["none", "minimal", "feed-forward", "full"])
 def test_tensor_parallelism_costs_one_reduction_a_layer_each_way(remat):
     """One sum of activations forward and one backward, and recomputation repeats neither."""
     bodies = loop_bodies(compiled((1, 1, 8), remat))
@@ -190,7 +190,7 @@ def test_a_lookup_of_a_sharded_table_gathers_it_once_over_data():
     assert sizes == sorted([V * D // 4, B * T * D // 2])
 
 
-@pytest.mark.parametrize("remat", ["minimal", "full"])
+@pytest.mark.parametrize("remat", ["minimal", "feed-forward", "full"])
 def test_sharded_weights_are_gathered_one_layer_at_a_time(remat):
     """Under `data` alone: no collective of activations, none as large as two layers' weights."""
     text = compiled((1, 8, 1), remat)

@@ -153,3 +153,25 @@ def test_bfloat16_on_a_mesh():
     wanted_scalars, wanted_grads = measure((1, 1, 1))
     assert float(loss) == pytest.approx(float(wanted_scalars[0]), rel=1e-2)
     assert_trees_close(grads, wanted_grads, 5e-2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (2, 2, 2)])
+def test_gradients_summed_in_bfloat16(sizes, accumulate):
+    """The loss is the same, the gradients are so up to the rounding of what each device adds."""
+    mesh, found = mesh_of(*sizes), {}
+    for reduce_dtype in ("float32", "bfloat16"):
+        compute = dataclasses.replace(
+            PLAIN.compute, dtype="bfloat16", remat="full", reduce_dtype=reduce_dtype
+        )
+        config = dataclasses.replace(PLAIN, compute=compute, accumulate=accumulate)
+        with jax.set_mesh(mesh):
+            state = start_state(config, mesh)
+            batch = batch_on_mesh(mesh, batches(segments=False)[0])
+            step = jax.jit(lambda p, b, config=config: loss_and_grads(p, b, config))
+            found[reduce_dtype] = step(state.params, batch)
+    (loss, grads, _), (wanted_loss, wanted_grads, _) = found["bfloat16"], found["float32"]
+    assert float(loss) == float(wanted_loss)
+    assert_trees_close(grads, wanted_grads, 2**-6)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)

@@ -183,6 +183,20 @@ def test_the_training_step_for_a_tpu():
     assert {c.where for c in layers} == {"forward", "backward"}
 
 
+@needs_compiler
+@pytest.mark.parametrize(("reduce_dtype", "dtype"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_gradients_travel_in_the_type_that_was_asked_for(reduce_dtype, dtype):
+    compute = Compute(remat="full", reduce_dtype=reduce_dtype)
+    setup = setup_of(mesh=MeshConfig(data=8), sharding="fsdp", compute=compute)
+    sent = compile_setup(setup, find_topology("v3:2x2")).collectives
+    # Those of the layers, as large as a whole matrix and summed backward.
+    smallest = MODEL.d_model * MODEL.num_heads * MODEL.head_dim
+    sums = [c for c in sent if c.op in ("all-reduce", "reduce-scatter") and c.where == "backward"]
+    layers = [c for c in sums if c.count == MODEL.num_layers and c.bytes >= 2 * smallest]
+    assert layers
+    assert {c.dtype for c in layers} == {dtype}
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_training_step_for_this_machine(remat):
     """In this process: the very function that the other one runs."""

@@ -148,7 +148,8 @@ def value_and_grads(compute: Compute):
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan"), [("none", False), ("minimal", True), ("full", True), ("full", False)]
+    ("remat", "scan"),
+    [("none", False), ("minimal", True), ("feed-forward", True), ("full", True), ("full", False)],
 )
 def test_remat_and_scan_change_no_number(plain, remat, scan):
     loss, grads = value_and_grads(Compute(dtype="float32", remat=remat, scan_layers=scan))

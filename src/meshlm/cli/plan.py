@@ -19,7 +19,7 @@ from meshlm.core.sharding import (
     mesh_of_all,
     use_rules,
 )
-from meshlm.model.compute import Compute, Remat, choose_compute
+from meshlm.model.compute import Compute, ReduceDtype, Remat, choose_compute
 from meshlm.model.config import ModelConfig, find_preset
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
@@ -64,6 +64,8 @@ class Config:
     """Form of attention. [the best that these devices can]"""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Operands of the matrix products."""
+    reduce_dtype: ReduceDtype = "float32"
+    """Gradients of matrices are summed over devices in it."""
     optimizer: OptimizerName = "adamw"
     """adafactor keeps no moments as large as the weights."""
     vocab_size: int | None = None
@@ -145,7 +147,13 @@ def _compute(
 ) -> Compute:
     """Returns how `meshlm train` computes the step on these devices."""
     with use_rules(rules):
-        compute = choose_compute(model, mesh, dtype=config.compute_dtype, remat=config.remat)
+        compute = choose_compute(
+            model,
+            mesh,
+            dtype=config.compute_dtype,
+            remat=config.remat,
+            reduce_dtype=config.reduce_dtype,
+        )
     asked = Attended(
         head_dim=model.head_dim, dtype=config.compute_dtype, documents=config.document_mask
     )

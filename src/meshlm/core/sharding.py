@@ -241,7 +241,7 @@ def share(x: jax.Array, dim: str) -> jax.Array:
     axes = axes_of(dim)
     if not axes:
         return x
-    split = jax.typeof(x).sharding.spec
+    split = jax.typeof(x).sharding.spec.partitions
     return jax.sharding.reshard(x, PartitionSpec(*split, reduced=axes))
 
 
@@ -275,6 +275,18 @@ def reshard(x: jax.Array, *dims: str | None, gathered: bool = False) -> jax.Arra
     """Returns `x` split as its logical dims say; outside of a mesh, `x` itself."""
     target = spec(*dims, gathered=gathered)
     return x if target is None else jax.sharding.reshard(x, target)
+
+
+def gather(weight: jax.Array, *dims: str | None) -> jax.Array:
+    """Returns a weight as products with rows take it: whole over the axes that it is stored over.
+
+    Every device has a gradient of its own rows, in the weight's dtype. Their sum is made in that
+    dtype too, as it is scattered over the shards; after `reshard` it is made in the products'.
+    """
+    target = spec(*dims, gathered=True)
+    if target is None:
+        return weight
+    return jax.sharding.reshard(weight, PartitionSpec(*target, reduced=axes_of("batch")))
 
 
 def sharding_of(mesh: jax.sharding.Mesh, *dims: str | None) -> NamedSharding:

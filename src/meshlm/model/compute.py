@@ -7,12 +7,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig, current_rules
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import count_params
 from meshlm.ops.fast_attention import AttentionName
 
-Remat = Literal["none", "minimal", "full"]
+ReduceDtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "minimal", "feed-forward", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,10 @@ class Compute:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Operands of the matrix products; sums are float32."""
     remat: Remat = "none"
-    """What the backward pass computes again: nothing, all but the products' results, everything."""
+    """What the backward pass computes again: nothing, all but the products' results, all but the
+    feed-forward's first product, everything."""
+    reduce_dtype: ReduceDtype = "float32"
+    """In which the gradients of matrices are summed over devices; bfloat16 takes products of it."""
     attention: AttentionName = "plain"
     """The form of attention to whole sequences (ops/fast_attention.py)."""
     scan_layers: bool = True
@@ -43,18 +48,25 @@ def choose_compute(
     *,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     remat: Remat | None = None,
+    reduce_dtype: ReduceDtype = "float32",
 ) -> Compute:
     """Returns how a model is trained on a mesh, by the rules entered, where nothing else is asked.
 
     Args:
         remat: what the backward pass computes again; None chooses by the model's size.
+
+    Raises:
+        UsageError: gradients cannot be summed in bfloat16 where the products are float32.
     """
+    if dtype == "float32" and reduce_dtype == "bfloat16":
+        raise UsageError("--reduce-dtype bfloat16: it takes --compute-dtype bfloat16")
     large = count_params(model) >= 1e9
     # What is not computed again is kept, the weights that were gathered for use included.
     kept = "minimal" if mesh.shards(current_rules().embed) > 1 else "none"
     return Compute(
         dtype=dtype,
         remat=remat or ("full" if large else kept),
+        reduce_dtype=reduce_dtype,
         scan_layers=model.num_layers > _MOST_UNROLLED_LAYERS,
     )
 

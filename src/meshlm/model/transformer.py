@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from meshlm.core import sharding
 from meshlm.core.sharding import reshard, share
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
@@ -29,9 +30,14 @@ from meshlm.ops.loss import head_loss
 from meshlm.ops.quantised import Quantised
 from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
 
-# What `Compute.remat` "minimal" keeps of a layer: the products that read the residual stream, and
-# the attention's output.
-PROJECTION = "projection"
+# Query, key and value; the feed-forward's first product.
+_PROJECTION, _HIDDEN = "projection", "hidden"
+# What of a layer, besides its input, is not computed again in the backward pass.
+_KEPT: dict[Remat, tuple[str, ...]] = {
+    "minimal": (_PROJECTION, _HIDDEN, MIXED),
+    "feed-forward": (_HIDDEN,),
+    "full": (),
+}
 
 
 class Cached(NamedTuple):
@@ -150,6 +156,8 @@ def summed_loss(
     with jax.named_scope("head_loss"):
         head = gather(params.head, compute, "vocab", "embed")
         bias = params.head_bias.astype(jnp.float32)
+        # The products' type again in each of them; in this one their gradients are added up.
+        head = head.astype(compute.reduce_dtype)
         return head_loss(x_BTD.astype(compute.dtype), head, bias, targets_BT, mask_BT, z_loss)
 
 
@@ -160,7 +168,10 @@ def gather(weight: Matrix, compute: Compute, *dims: str | None) -> Any:
     """
     if isinstance(weight, Quantised):
         return weight
-    return reshard(weight.astype(compute.dtype), *dims, gathered=True)
+    weight = weight.astype(compute.dtype)
+    if compute.reduce_dtype == compute.dtype:
+        return sharding.gather(weight, *dims)
+    return reshard(weight, *dims, gathered=True)
 
 
 def block_forward(
@@ -243,7 +254,7 @@ def _attention(
         q_BTNH, k_BSNH, v_BSNH = (keep(x) for x in qkv_BTNH)
         q_BTNH, k_BSNH = (apply_rotary(x, *rotary, keep) for x in (q_BTNH, k_BSNH))
         q_BTNH, k_BSNH, v_BSNH = (
-            checkpoint_name(x.astype(compute.dtype), PROJECTION) for x in (q_BTNH, k_BSNH, v_BSNH)
+            checkpoint_name(x.astype(compute.dtype), _PROJECTION) for x in (q_BTNH, k_BSNH, v_BSNH)
         )
         k_BNSH, v_BNSH = (x.transpose(0, 2, 1, 3) for x in (k_BSNH, v_BSNH))
         if cached is None:
@@ -260,9 +271,9 @@ def _attention(
 def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
         hidden_BTF = add_bias(hidden_BTF, bias_F)
-        if compute.remat == "minimal":
+        if _HIDDEN in _KEPT.get(compute.remat, ()):
             # The largest array of a layer: kept as products take it.
-            hidden_BTF = checkpoint_name(hidden_BTF.astype(compute.dtype), PROJECTION)
+            hidden_BTF = checkpoint_name(hidden_BTF.astype(compute.dtype), _HIDDEN)
             hidden_BTF = hidden_BTF.astype(jnp.float32)
         return rounded_gelu(hidden_BTF, compute) if compute.rounded else jax.nn.gelu(hidden_BTF)
 
@@ -290,5 +301,5 @@ def rotary_rows(
 def _rematerialise(layer, remat: Remat):
     if remat == "none":
         return layer
-    saved = jax.checkpoint_policies.save_only_these_names(PROJECTION, MIXED)
-    return jax.checkpoint(layer, policy=saved if remat == "minimal" else None)
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    return jax.checkpoint(layer, policy=policy)

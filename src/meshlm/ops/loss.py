@@ -60,13 +60,14 @@ def head_loss(
 
     Args:
         x_BTD: the final norm's output, in the dtype of the products.
-        head_VD: in the same dtype, as a product takes it.
+        head_VD: rounded to the same dtype; its gradients are added up in its own.
         bias_V: float32.
         targets_BT: the right next tokens.
         mask_BT: 1 where a token counts.
         z_loss: weight of the z penalty.
     """
     if cpu.is_faster(x_BTD.dtype):
+        head_VD = head_VD.astype(x_BTD.dtype)
         rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), mask_BT.reshape(-1))
         return _chunked_loss(z_loss, rows[0], head_VD, bias_V, rows[1], rows[2])
     return _stretched_loss(x_BTD, head_VD, bias_V, targets_BT, mask_BT, z_loss)
@@ -81,7 +82,8 @@ def plain_head_loss(
     z_loss: float,
 ) -> Float[Array, ""]:
     """Returns what `head_loss` does, from all logits at once, on any device and mesh."""
-    loss = token_loss(plain_dot(x_BTD, head_VD) + bias_V[None, None], targets_BT)
+    logits_BTV = plain_dot(x_BTD, head_VD.astype(x_BTD.dtype)) + bias_V[None, None]
+    loss = token_loss(logits_BTV, targets_BT)
     return jnp.sum((loss.nll_BT + z_loss * loss.z_BT) * mask_BT)
 
 
@@ -108,6 +110,8 @@ def _stretched_loss(
     for start in range(0, length, stretch):
         part = (x[:, start : start + stretch] for x in (x_BTD, targets_BT, mask_BT))
         x_BCD, targets_BC, mask_BC = part
+        # One stretch after the other, backward too: else the logits of all exist together.
+        x_BCD, total = jax.lax.optimization_barrier((x_BCD, total))
         total += part_loss(x_BCD, head_VD, bias_V, targets_BC, mask_BC)
     return total
 

@@ -92,7 +92,7 @@ _LEVANTER = "Levanter 1.0 release (2023), config/gpt2_7b.yaml"
 _GROUPED_FF = 14_336 * 3 // 2 - 3_072
 # The kernel that all but the first use keeps no scores, skips blocks of keys that a query does not
 # see, and is computed again in the backward pass.
-_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 2, "full": 2}
+_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 2, "feed-forward": 2, "full": 2}
 _FLASH = AttentionForm(backward=5, again=_AGAIN, chunk=512)
 _FLASH_2048 = AttentionForm(backward=5, again=_AGAIN, chunk=2048)
 # Their recipes keep queries, keys, values and outputs, and compute the gated pair again.

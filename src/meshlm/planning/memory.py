@@ -144,6 +144,8 @@ def _kept_bytes(setup: Setup) -> int:
     if compute.remat == "minimal":
         # q, k, v and the mix and the feed-forward's first result, as operands.
         token += operand * (4 * heads + ff)
+    elif compute.remat == "feed-forward":
+        token += operand * ff
     elif compute.remat == "none":
         token = _forward_bytes(setup)
         if compute.attention == "plain":

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import get_args
 
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import RULES, MeshConfig
@@ -11,7 +12,7 @@ from meshlm.planning.plan import Plan, make_plan
 from meshlm.planning.setup import Setup, check_setup
 from meshlm.planning.topology import Topology
 
-_REMATS: tuple[Remat, ...] = ("none", "minimal", "full")
+_REMATS: tuple[Remat, ...] = get_args(Remat)
 _MOST_PARTS = 64
 # Rows a device has in a step, where the batch is searched for too.
 _ROWS = (1, 2, 4, 8, 16)

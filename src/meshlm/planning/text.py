@@ -76,7 +76,8 @@ def _header(plan: Plan) -> str:
             f"mesh replica {mesh.replica} x data {mesh.data} x model {mesh.model}, "
             f"{setup.sharding}; {setup.batch_size:,} sequences of {setup.seq_len:,} in "
             f"{step.accumulate} {_plural('part', step.accumulate)}: {setup.tokens:,} tokens a step",
-            f"{step.compute.dtype}, remat {step.compute.remat}, "
+            f"{step.compute.dtype}, gradients summed in {step.compute.reduce_dtype}, "
+            f"remat {step.compute.remat}, "
             f"attention {step.compute.attention}, {step.optimizer.name}",
         )
     )

@@ -51,8 +51,8 @@ class AttentionForm:
         return (length + min(chunk, length)) / 2
 
 
-_KEPT: dict[Remat, int] = {"none": 0, "minimal": 0, "full": 2}
-_SCORES_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 1, "full": 2}
+_KEPT: dict[Remat, int] = {"none": 0, "minimal": 0, "feed-forward": 2, "full": 2}
+_SCORES_AGAIN: dict[Remat, int] = {"none": 0, "minimal": 1, "feed-forward": 2, "full": 2}
 FORMS: dict[AttentionName, AttentionForm] = {
     "plain": AttentionForm(backward=4, again=_SCORES_AGAIN, stores_scores=True),
     "chunked": AttentionForm(
@@ -192,7 +192,7 @@ def _product_flops(setup: Setup) -> float:
     stream, heads, ff = widths(setup)
     model, remat = setup.step.model, setup.step.compute.remat
     layer = stream * (4 * heads + 2 * ff)
-    again = stream * (3 * heads + ff) if remat == "full" else 0
+    again = stream * {"feed-forward": 3 * heads, "full": 3 * heads + ff}.get(remat, 0)
     head = elements(describe(model).head, setup, gathered=True)
     # Logits of a stretch of the sequence are made again backward.
     of_head = 3 if stretch(setup) == setup.seq_len else 4
@@ -228,7 +228,7 @@ def _transfers(setup: Setup) -> tuple[Transfer, ...]:
 def _of_weights(setup: Setup) -> tuple[Transfer, ...]:
     """Gathered before use, once more for a backward pass that did not keep them.
 
-    Their gradients are reduced in float32, as the products leave them.
+    Their gradients are summed as they are scattered.
     """
     parts, model, axes = setup.step.accumulate, setup.step.model, setup.rules.embed
     gathers = 1 if setup.step.compute.remat == "none" else 2
@@ -239,9 +239,8 @@ def _of_weights(setup: Setup) -> tuple[Transfer, ...]:
         return Transfer(op="all-gather", axes=axes, bytes=size, count=count, of="weights")
 
     def reduce(size: float, count: float) -> Transfer:
-        return Transfer(
-            op="reduce-scatter", axes=axes, bytes=4.0 * size, count=count, of="gradients"
-        )
+        size *= _BYTES[setup.step.compute.reduce_dtype]
+        return Transfer(op="reduce-scatter", axes=axes, bytes=size, count=count, of="gradients")
 
     return (
         gather(layer, parts * gathers * model.num_layers),
@@ -251,8 +250,11 @@ def _of_weights(setup: Setup) -> tuple[Transfer, ...]:
     )
 
 
+_BYTES = {"bfloat16": 2, "float32": 4}
+
+
 def _operand(setup: Setup) -> int:
-    return 2 if setup.step.compute.dtype == "bfloat16" else 4
+    return _BYTES[setup.step.compute.dtype]
 
 
 def _of_embedding(setup: Setup) -> tuple[Transfer, ...]:
@@ -292,7 +294,9 @@ def _of_copies(setup: Setup) -> tuple[Transfer, ...]:
     rules = setup.rules
     axes = tuple(axis for axis in AXES if axis in rules.batch and axis not in rules.embed)
     weights = jax.tree.leaves(describe(setup.step.model))
-    own = 4.0 * sum(elements(weight, setup) for weight in weights)
+    # Added up over parts they are float32.
+    each = _BYTES[setup.step.compute.reduce_dtype] if setup.step.accumulate == 1 else 4
+    own = 1.0 * each * sum(elements(weight, setup) for weight in weights)
     return (Transfer(op="all-reduce", axes=axes, bytes=own, count=1, of="gradients"),)
 
 

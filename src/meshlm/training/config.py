@@ -25,7 +25,7 @@ from meshlm.core.sharding import (
     current_rules,
     whole_mesh,
 )
-from meshlm.model.compute import Remat, choose_compute
+from meshlm.model.compute import ReduceDtype, Remat, choose_compute
 from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
 from meshlm.model.params import check_divides, count_params
 from meshlm.ops.fast_attention import AttentionName
@@ -99,6 +99,8 @@ class TrainConfig:
     attention: AttentionName | None = None
     """Form of attention. [the fastest that compiles on these devices: splash, cudnn, else chunked;
     plain on a CPU]"""
+    reduce_dtype: ReduceDtype = "float32"
+    """Gradients of matrices are summed over devices in it; bfloat16 halves what they send."""
     remat: Remat | None = None
     """What is computed again to save memory. [none; minimal for split weights; full from 1e9]"""
     checkpoint_every: int = 200
@@ -228,10 +230,16 @@ class RunConfig:
         return self.origin.step or 0 if self.origin is not None and self.origin.goes_on else 0
 
     def step_config(
-        self, remat: Remat | None, mesh: MeshConfig, attention: AttentionName = "plain"
+        self,
+        remat: Remat | None,
+        mesh: MeshConfig,
+        attention: AttentionName = "plain",
+        reduce_dtype: ReduceDtype = "float32",
     ) -> StepConfig:
         """Returns what the compiled step depends on."""
-        compute = choose_compute(self.model, mesh, dtype=self.compute_dtype, remat=remat)
+        compute = choose_compute(
+            self.model, mesh, dtype=self.compute_dtype, remat=remat, reduce_dtype=reduce_dtype
+        )
         compute = dataclasses.replace(compute, attention=attention)
         return StepConfig(
             model=self.model,

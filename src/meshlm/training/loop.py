@@ -134,7 +134,7 @@ class _Run:
             document_mask=record.document_mask,
         )
         attention = pick_attention(config, record, mesh)
-        self.setup = setup_of_run(record, config.mesh, config.remat, attention)
+        self.setup = setup_of_run(record, config.mesh, config.remat, attention, config.reduce_dtype)
         self.step_config = self.setup.step
         self.validator = Validator(stores, record, self.step_config, mesh, config.eval_tokens)
         self.abstract = abstract_state(self.step_config, mesh)

@@ -6,7 +6,7 @@ from meshlm.core.errors import UsageError
 from meshlm.core.platform import device_facts
 from meshlm.core.processes import count
 from meshlm.core.sharding import MeshConfig, current_rules
-from meshlm.model.compute import Remat
+from meshlm.model.compute import ReduceDtype, Remat
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.planning.memory import least_memory
 from meshlm.planning.setup import Setup
@@ -14,11 +14,15 @@ from meshlm.training.config import RunConfig
 
 
 def setup_of_run(
-    record: RunConfig, mesh: MeshConfig, remat: Remat | None, attention: AttentionName = "plain"
+    record: RunConfig,
+    mesh: MeshConfig,
+    remat: Remat | None,
+    attention: AttentionName = "plain",
+    reduce_dtype: ReduceDtype = "float32",
 ) -> Setup:
     """Returns the run's step and how it is split by the rules that are entered."""
     return Setup(
-        step=record.step_config(remat, mesh, attention),
+        step=record.step_config(remat, mesh, attention, reduce_dtype),
         mesh=mesh,
         sharding=current_rules().name,
         batch_size=record.batch_size,
