@@ -37,6 +37,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import positive, say
 from meshlm.model.config import PRESETS, ModelConfig
 from meshlm.model.flops import flops_per_token, matmul_params, mfu
 
@@ -344,17 +345,6 @@ def torch_side(python: str | None, device: Json, result: Json) -> list[Side]:
     say(f"without torch: {why}")
     result["torch"] = {"left_out": why}
     return []
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return number
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from common import say, transformers_generate
+
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
@@ -25,10 +27,6 @@ MEMORY_SHARE = 0.92
 FIRST_LOSS_TOLERANCE = 1.0
 
 Json = dict[str, Any]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def token_batches(job: Json, batch_size: int) -> Iterator[Any]:
@@ -466,20 +464,7 @@ def decode_torch(job: Json) -> Json:
     with torch.device(device):
         model = transformers.GPTJForCausalLM(_torch_config(job)).eval()
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        tokens = torch.tensor(prompts, device=device)
-        with torch.inference_mode():
-            out = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
-        return out[:, tokens.shape[1] :].tolist()
-
-    return _decode(job, generate)
+    return _decode(job, transformers_generate(model, device))
 
 
 JOBS: dict[tuple[str, str], Callable[[Json], Json]] = {

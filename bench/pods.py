@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pods_tables
+from common import say
 from meshlm.core.config import from_dict, to_dict
 from meshlm.core.sharding import MeshConfig
 from meshlm.model.compute import Compute, Remat
@@ -295,10 +296,6 @@ def keep(name: str, section: dict[str, Any]) -> None:
     path = pods_tables.RESULTS / f"pods-{today}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     pods_tables.write_page(result)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import Generate, cpu_model, positive, say, transformers_generate
+
 ROOT = Path(__file__).resolve().parent.parent
 # Of the 8 rows' first tokens those that must be the same as the first contestant's: rounding moves
 # a few, another model or another prompt would leave none.
@@ -60,10 +62,6 @@ class Shape:
             for _ in range(max(8, batch_size))
         ]
         return rows[:batch_size]
-
-
-# A contestant's side: from prompts and a number of new tokens to the new tokens of each row.
-Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
 def write_model(shape: Shape, folder: Path) -> None:
@@ -112,20 +110,10 @@ def open_torch(shape: Shape, folder: Path, dtype: str) -> tuple[dict[str, str], 
         folder / "hf", dtype=getattr(torch, dtype)
     ).eval()
 
-    def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        tokens = torch.tensor(prompts)
-        with torch.inference_mode():
-            out = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
-        return out[:, tokens.shape[1] :].tolist()
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}, generate
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }, transformers_generate(model)
 
 
 def open_ctranslate2(shape: Shape, folder: Path, dtype: str) -> tuple[dict[str, str], Generate]:
@@ -412,31 +400,12 @@ def held_out(run: Path, context_length: int) -> list[list[int]]:
     return windows
 
 
-def cpu_model() -> str:
-    """Returns the processor's name as the kernel has it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def shape_arguments(shape: Shape) -> list[str]:
     """Returns the options that make this shape."""
     words = []
     for field in dataclasses.fields(shape):
         words += [f"--{field.name.replace('_', '-')}", str(getattr(shape, field.name))]
     return words
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return number
 
 
 # name, the shape that results are stated for, and one for any machine and for tests

@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import cpu_model, positive, say
+
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.1
@@ -305,25 +307,6 @@ def compare(contestants: list[Contestant], shape: Shape, rounds: int, warmup: in
         },
     }
     print(json.dumps(result))
-
-
-def cpu_model() -> str:
-    """Returns the processor's name as the kernel has it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return number
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """The benches: all sides compute a tiny shape and the line of JSON adds up."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -127,18 +127,11 @@ def test_wrong_options_of_the_serving_bench_are_refused(arguments: list[str], sa
     assert ran.stdout == ""
 
 
-def gpu_modules():
+@pytest.fixture
+def gpu_modules(monkeypatch):
     """bench/gpu.py and what its processes run, as modules."""
-    modules = []
-    for name in ("gpu", "gpu_jobs"):
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / f"bench/{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        modules.append(module)
-    return modules
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("gpu"), importlib.import_module("gpu_jobs")
 
 
 def check_gpu_result(result: dict, sides: list[str]) -> None:
@@ -187,8 +180,8 @@ def test_the_gpu_bench_beside_torch() -> None:
     assert result["torch"]["platform"] == "cpu"
 
 
-def test_what_does_not_fit_a_gpu_is_passed_over() -> None:
-    gpu, jobs = gpu_modules()
+def test_what_does_not_fit_a_gpu_is_passed_over(gpu_modules) -> None:
+    gpu, jobs = gpu_modules
     tried = []
 
     def run(candidate: dict) -> dict:
@@ -218,8 +211,8 @@ def test_what_does_not_fit_a_gpu_is_passed_over() -> None:
             )
 
 
-def test_a_gpu_that_gives_other_numbers_fails() -> None:
-    gpu, _ = gpu_modules()
+def test_a_gpu_that_gives_other_numbers_fails(gpu_modules) -> None:
+    gpu, _ = gpu_modules
     run = gpu.Bench([], {}, {}, None)
     good = {"logits": 1e-6, "loss": 1e-7, "gradients": 1e-6}
     run._check("good", good, gpu.PARITY_LIMITS)
