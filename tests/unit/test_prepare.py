@@ -206,7 +206,7 @@ def test_stopped_again_and_again_when_all_but_the_manifest_is_there(
 
     for _ in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(prepare._Preparation, "_check_result", stop)
+            patch.setattr(prepare.Judge, "check_result", stop)
             with pytest.raises(_KilledError):
                 run([corpus], tmp_path / "out", workers=1, val_fraction=0.1)
     run([corpus], tmp_path / "out", workers=1, val_fraction=0.1)

@@ -20,12 +20,13 @@ import msgspec
 from rich.console import Console
 from tyro.conf import Positional
 
-from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
+from meshlm.core.errors import MeshLMError, StoppedError, UsageError
 from meshlm.data.batches import Batch, check_ended, read_batches
 from meshlm.data.display import Display
 from meshlm.data.encode import Encoded, Submit, encoders
 from meshlm.data.inputs import InputFile, find_inputs
 from meshlm.data.journal import Appender, Plan, Position, Totals, Workspace, split_counts
+from meshlm.data.judging import Judge
 from meshlm.data.readers import Record
 from meshlm.data.sample import train_on_sample
 from meshlm.data.store import (
@@ -53,8 +54,6 @@ _DATA_FILES = tuple(name for s in SPLITS for name in (tokens_file(s), documents_
 _FLUSH_EVERY_S = 5.0
 _WAITING_BYTES = 64 << 20
 _BYTES_PER_WORKER = 2 << 20  # of input: starting a process costs as much as encoding this
-_JUDGED_FROM_DOCUMENTS = 1000
-_SHORT_TOKENS = 2049
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +246,7 @@ class _Preparation:
         self._config, self._inputs = config, inputs
         self._folder, self._workspace, self._console = workspace.path, workspace, console
         self._input_bytes = sum(file.size_bytes for file in inputs)
+        self._judge = Judge(config.max_bad_documents, config.val_fraction, len(inputs))
 
     def run(self, plan: Plan, given: Tokenizer | None, vocab_size: int | None) -> Manifest:
         """The manifest of the files in the workspace, which are whole then."""
@@ -257,7 +257,8 @@ class _Preparation:
             tokenizer = given or self._learn(vocab_size or 0)
             write_durably(path, tokenizer.to_json())
         totals = self._encode(tokenizer)
-        self._check_result(totals)
+        for note in self._judge.check_result(totals):
+            self._note(note)
         return self._manifest(plan, totals, tokenizer)
 
     def _note(self, text: str) -> None:
@@ -339,7 +340,7 @@ class _Preparation:
                 num_empty=encoded.num_empty,
                 bad_examples=[self._describe(*bad) for bad in encoded.bad],
             )
-            self._judge(totals, added, [bad[0] for bad in encoded.bad])
+            self._judge.add(totals, added, [bad[0] for bad in encoded.bad])
             appender.append(encoded, added)
             counts = split_counts(encoded.sources)
             display.update(batch.done_bytes, sum(c.num_bytes for c in counts.values()))
@@ -350,58 +351,6 @@ class _Preparation:
 
     def _describe(self, _: int, source: int, where: str, reason: str) -> str:
         return f"{self._inputs[source].path}{where}: {reason}"
-
-    def _judge(self, totals: Totals, added: Totals, bad_at: Sequence[int]) -> None:
-        """Raises BadInputError once the share of bad documents is too high at any document from the
-        1,000th on."""
-        moments = [totals.num_seen + number for number in bad_at]
-        for count, seen in enumerate(moments, start=totals.num_bad + 1):
-            if seen >= _JUDGED_FROM_DOCUMENTS:
-                self._judge_share(count, seen, totals, added)
-        if totals.num_seen < _JUDGED_FROM_DOCUMENTS <= totals.num_seen + added.num_seen:
-            early = sum(seen <= _JUDGED_FROM_DOCUMENTS for seen in moments)
-            self._judge_share(totals.num_bad + early, _JUDGED_FROM_DOCUMENTS, totals, added)
-
-    def _judge_share(self, num_bad: int, num_seen: int, *found: Totals) -> None:
-        if num_bad <= self._config.max_bad_documents * num_seen:
-            return
-        first = next(example for totals in found for example in totals.bad_examples)
-        raise BadInputError(
-            f"{num_bad} of {num_seen} documents are bad ({num_bad / num_seen:.2%}), the first "
-            f"{first}: mend the input, or allow more with --max-bad-documents"
-        )
-
-    def _check_result(self, totals: Totals) -> None:
-        self._judge_share(totals.num_bad, totals.num_seen, totals)
-        counts = split_counts(totals.sources)
-        binary = sum(ended.binary for ended in totals.ended.values())
-        left_out = (
-            f"{totals.num_bad} bad and {totals.num_empty} empty documents, {binary} binary files"
-        )
-        if not any(c.num_tokens for c in counts.values()):
-            raise BadInputError(
-                f"no text in the {len(self._inputs)} input files ({left_out}): "
-                "give files with text, or .jsonl with a field `text`"
-            )
-        if not counts["train"].num_tokens:
-            raise BadInputError(
-                f"all {counts['val'].num_documents} documents fell to validation: "
-                "give more documents or a lower --val-fraction, 0 for none"
-            )
-        if totals.num_bad or totals.num_empty or binary:
-            self._note(f"left out: {left_out}")
-        for example in totals.bad_examples:
-            self._note(f"bad: {example}")
-        if self._config.val_fraction and not counts["val"].num_tokens:
-            self._note(
-                f"none of the {counts['train'].num_documents} documents fell to validation: "
-                "more documents or a higher --val-fraction would give a validation loss"
-            )
-        if counts["train"].num_tokens < _SHORT_TOKENS:
-            self._note(
-                f"only {counts['train'].num_tokens} tokens to train on: too few for a sequence "
-                "of 2048; give more text, or train with a smaller --seq-len"
-            )
 
     def _manifest(self, plan: Plan, totals: Totals, tokenizer: Tokenizer) -> Manifest:
         sources = [
