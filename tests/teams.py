@@ -55,8 +55,11 @@ class Team:
         port: int | None = None,
         reads: bool = False,
         small_files_of: int | None = None,
+        host: str = "127.0.0.1",
+        within: Sequence[Sequence[str]] = (),
     ) -> None:
-        address = f"127.0.0.1:{free_port() if port is None else port}"
+        """Starts the processes; `within` are the commands inside of which each of them runs."""
+        address = f"{host}:{free_port() if port is None else port}"
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,8 @@ class Team:
                 command = [sys.executable, *words]
             if number == small_files_of:  # as on a disk that is full
                 command = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command]
+            if within:
+                command = [*within[number], *command]
             environment = {
                 **CommandLine.environment(devices),
                 "JAX_COORDINATOR_ADDRESS": address,
