@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meshlm.core.sharding import Axes, copy_axes, current_rules, leave_out, spec, use_mesh
 from meshlm.core.tree import PyTree, cast_floating, pytree
@@ -27,6 +27,9 @@ from meshlm.optim import (
     make_optimizer,
 )
 
+# Losses by which a spike is judged, once there are half as many.
+SPIKE_WINDOW = 128
+
 
 @pytree
 class TrainState:
@@ -37,8 +40,10 @@ class TrainState:
     params: Params
     optimizer: PyTree
     skipped: Int[Array, ""]
-    """Steps whose loss or gradient was not finite, and which changed nothing."""
+    """Steps which changed nothing: their loss or gradient was not finite, or the loss a spike."""
     skipped_in_a_row: Int[Array, ""]
+    recent_losses: Float[Array, "W"] | None
+    """What a spike is judged by: inf where there is none yet. None where none is skipped."""
 
 
 @pytree
@@ -89,6 +94,9 @@ class StepConfig:
     """Parts into which the batch is cut; their gradients are added."""
     z_loss: float = 0.0
     """Weight of the original's penalty on the log-sum-exp relative to the largest logit."""
+    skip_spikes: float | None = None
+    """Standard deviations above the mean of the last `SPIKE_WINDOW` losses from which on a step
+    changes nothing; None skips none."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights are rounded to it before the passes, and gradients are of it and added up in it; the
     optimizer and its weights stay float32."""
@@ -113,6 +121,7 @@ def begin_state(config: StepConfig, params: PyTree) -> TrainState:
         optimizer=optimizer.init(params),
         skipped=zero,
         skipped_in_a_row=zero,
+        recent_losses=None if config.skip_spikes is None else jnp.full(SPIKE_WINDOW, jnp.inf),
     )
 
 
@@ -251,7 +260,8 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Returns the state after one step, and what was measured.
 
-    A loss or gradient that is not finite leaves parameters and optimizer as they were.
+    A loss or gradient that is not finite, or a loss that is a spike, leaves parameters and
+    optimizer as they were.
     """
     grads: PyTree
     loss, grads, micro_square = loss_and_grads(state.params, batch, config)
@@ -260,21 +270,36 @@ def train_step(
     optimizer = config.make_optimizer()
     params: PyTree = state.params
     updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    recent = state.recent_losses
+    if recent is not None:
+        good &= ~is_spike(loss, recent, config.skip_spikes or 0.0)
+        # Spikes too: what lasts is none.
+        recent = jnp.where(jnp.arange(SPIKE_WINDOW) == state.step % SPIKE_WINDOW, loss, recent)
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-    skip = 1 - finite.astype(jnp.int32)
+    skip = 1 - good.astype(jnp.int32)
     new = TrainState(
         step=state.step + 1,
         params=keep_if_bad(apply_updates(state.params, updates, rate), state.params),
         optimizer=keep_if_bad(optimizer_state, state.optimizer),
         skipped=state.skipped + skip,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+        recent_losses=recent,
     )
     metrics = StepMetrics(loss, grad_norm, micro_square, rate, new.skipped, new.skipped_in_a_row)
     return new, metrics
+
+
+def is_spike(loss: Float[Array, ""], recent: Float[Array, "W"], sigmas: float) -> Bool[Array, ""]:
+    """Returns whether a loss is far above those before it; of too few nothing is said."""
+    known = jnp.isfinite(recent)
+    count = jnp.maximum(jnp.sum(known), 1)
+    mean = jnp.sum(jnp.where(known, recent, 0.0)) / count
+    variance = jnp.sum(jnp.where(known, jnp.square(recent - mean), 0.0)) / count
+    return (2 * count >= SPIKE_WINDOW) & (loss > mean + sigmas * jnp.sqrt(variance))
 
 
 def eval_step(params: Params, batch: StepBatch, config: StepConfig) -> EvalSums:

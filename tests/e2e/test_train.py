@@ -5,6 +5,7 @@ Processes are real where the end of one is the point; elsewhere the command runs
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -47,7 +48,10 @@ VAL_KEYS = {"val_loss", "val_perplexity", "val_bits_per_byte"}
 SLOWLY = ("--eval-every", "1", "--eval-tokens", "8192", "--checkpoint-every", "3")
 VARIANTS = {
     "plain": (),
-    "accumulated": ("--accumulate", "2", "--document-mask", "--compute-dtype", "float32"),
+    "accumulated": (
+        *("--accumulate", "2", "--document-mask", "--compute-dtype", "float32"),
+        *("--skip-spikes", "6"),
+    ),
 }
 
 
@@ -408,6 +412,37 @@ def test_not_finite_never_reaches_the_weights(meshlm, store, tmp_path):
         if name.startswith(("params.", "optimizer.")):
             assert value.tobytes() == earlier[name].tobytes(), name
     assert meshlm(*command)[0] == 1
+
+
+def test_a_spike_never_reaches_the_weights(meshlm, store, tmp_path, monkeypatch):
+    """The second one is judged by losses from before the run was resumed too."""
+    spikes = (80, 95)
+    iterate = loop.BatchSource.iterate
+
+    def iterate_with_spikes(self, start, rows):
+        for step, batch in enumerate(iterate(self, start, rows), start + 1):
+            rare = np.full_like(batch.targets, 511)
+            yield dataclasses.replace(batch, targets=rare) if step in spikes else batch
+
+    monkeypatch.setattr(loop.BatchSource, "iterate", iterate_with_spikes)
+    options = ("--skip-spikes", "3", "--warmup-steps", "5", "--anneal-steps", "95")
+    command = ("train", *SMALL, "--data", store, *options, "--eval-every", "50")
+    runs = {name: tmp_path / name for name in ("straight", "resumed", "taken")}
+    assert meshlm(*command, "--run", runs["straight"], "--steps", "100")[0] == 0
+    assert meshlm(*command, "--run", runs["resumed"], "--steps", "85")[0] == 0
+    code, out, _ = meshlm(*command, "--run", runs["resumed"], "--steps", "100")
+    assert code == 0
+    assert "step 95: the loss was a spike, weights left as before" in out
+    found = {name: lines(runs[name]) for name in ("straight", "resumed")}
+    for name in found:
+        assert [line["step"] for line in found[name] if line["skipped"]] == list(spikes), name
+    for one, two in zip(found["straight"], found["resumed"], strict=True):
+        assert (one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"])
+    assert "the loss was a spike" in (runs["resumed"] / "report.html").read_text()
+    # Too early there are too few losses to judge by.
+    spikes = (60,)
+    assert meshlm(*command, "--run", runs["taken"], "--steps", "62")[0] == 0
+    assert not any(line["skipped"] for line in lines(runs["taken"]))
 
 
 # Disk.

@@ -12,6 +12,7 @@ import pytest
 from meshlm.core.sharding import RULES, use_mesh
 from meshlm.ops import loss
 from meshlm.step import (
+    SPIKE_WINDOW,
     StepBatch,
     StepMetrics,
     TrainState,
@@ -35,9 +36,12 @@ from tiny import (
 MESHES = [(1, 1, 1), (1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)]
 OPTIMIZER_AT_ONCE = dataclasses.replace(OPTIMIZER, warmup_steps=0)
 PLAIN = step_config(DIVISIBLE, z_loss=1e-2, optimizer=OPTIMIZER_AT_ONCE)
-# Accumulation, documents and recomputation together.
+# Accumulation, documents, recomputation and the judging of spikes together.
 FULL = dataclasses.replace(
-    PLAIN, accumulate=2, compute=dataclasses.replace(PLAIN.compute, remat="full")
+    PLAIN,
+    accumulate=2,
+    skip_spikes=6.0,
+    compute=dataclasses.replace(PLAIN.compute, remat="full"),
 )
 STEPS = 3
 SQUARE = StepMetrics._fields.index("micro_grad_square")
@@ -55,7 +59,8 @@ def start_state(config, mesh) -> TrainState:
     """Drawn parameters and zero moments, placed by the rules."""
     shapes = abstract_state(config, mesh)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    state = dataclasses.replace(state, params=draw_params(DIVISIBLE))
+    none_yet = None if config.skip_spikes is None else np.full(SPIKE_WINDOW, np.inf, np.float32)
+    state = dataclasses.replace(state, params=draw_params(DIVISIBLE), recent_losses=none_yet)
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), state, shapes)
 
 

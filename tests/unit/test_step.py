@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import gptj_float64
 from meshlm.core.tree import to_named
 from meshlm.optim import learning_rate
 from meshlm.step import (
+    SPIKE_WINDOW,
     StepBatch,
     abstract_state,
     compile_train_step,
     eval_step,
     init_state,
+    is_spike,
     loss_and_grads,
 )
 from tiny import (
@@ -191,6 +195,48 @@ def test_a_loss_that_is_no_number_changes_nothing(accumulate):
     assert (int(metrics.skipped), int(metrics.skipped_in_a_row)) == (2, 0)
     assert int(state.optimizer["adam"].count) == 2
     assert host(state)["params.head"].tobytes() != before["params.head"].tobytes()
+
+
+def filled(losses) -> jax.Array:
+    """A window of losses that begins with these."""
+    window = np.full(SPIKE_WINDOW, np.inf, np.float32)
+    window[: len(losses)] = losses
+    return jnp.asarray(window)
+
+
+@pytest.mark.parametrize(
+    ("count", "shift", "is_skipped"),
+    [(64, -3.0, True), (63, -3.0, False), (128, -3.0, True), (128, -0.01, False), (128, 3, False)],
+)
+def test_a_loss_far_above_the_last_ones_changes_nothing(count, shift, is_skipped):
+    """Once there are half of a window of them."""
+    config = step_config(optimizer=AT_ONCE, skip_spikes=6.0)
+    state = fresh_state(config)
+    loss = float(measure(config)(state.params, BATCH)[0])
+    level = loss + shift + np.random.default_rng(0).normal(0, 0.1, count)
+    state = dataclasses.replace(state, recent_losses=filled(level), step=jnp.int32(130))
+    before = host(state)
+    state, metrics = train_step(config)(state, BATCH)
+    assert int(metrics.skipped) == is_skipped
+    after = host(state)
+    kept = after["params.head"].tobytes() == before["params.head"].tobytes()
+    assert kept == is_skipped
+    wanted = before["recent_losses"]
+    wanted[130 % SPIKE_WINDOW] = metrics.loss
+    np.testing.assert_array_equal(after["recent_losses"], wanted)
+
+
+@given(
+    losses=st.lists(st.floats(-100, 100, width=32) | st.just(np.inf), min_size=128, max_size=128),
+    loss=st.floats(-200, 200, width=32),
+    sigmas=st.floats(0.5, 8),
+)
+def test_what_is_a_spike(losses, loss, sigmas):
+    known = np.array([x for x in losses if np.isfinite(x)], np.float64)
+    limit = known.mean() + sigmas * known.std() if len(known) else np.inf
+    assume(abs(loss - limit) > 1e-3)
+    found = is_spike(jnp.float32(loss), jnp.asarray(losses, jnp.float32), sigmas)
+    assert bool(found) == (len(known) >= 64 and loss > limit)
 
 
 def test_a_gradient_that_overflows_changes_nothing_though_the_loss_is_finite():

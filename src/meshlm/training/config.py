@@ -90,6 +90,9 @@ class TrainConfig:
     """Parts into which a step's batch is cut to save memory. [1]"""
     z_loss: float | None = None
     """Weight of the original's penalty on the log-sum-exp; the original's value is 1e-4. [0]"""
+    skip_spikes: float | None = None
+    """Standard deviations above the mean of the last 128 losses from which on a step changes
+    nothing; 6 is usual. [none is skipped]"""
     compute_dtype: Literal["bfloat16", "float32"] | None = None
     """Operands of the matrix products; weights and sums are float32. [bfloat16]"""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -140,6 +143,8 @@ class TrainConfig:
                 raise UsageError(f"--{flag(name)} {value:g}: give 0 or more, and finite")
         if self.clip_norm == 0:
             raise UsageError("--clip-norm 0: give more than 0; 1e9 turns clipping off")
+        if self.skip_spikes == 0:
+            raise UsageError("--skip-spikes 0: give more than 0, or leave it out to skip none")
         if self.sample_every and not self.sample_prompts:
             raise UsageError("--sample-prompts is empty: give a text, or --sample-every 0")
 
@@ -175,7 +180,14 @@ _WHOLE_NUMBERS = {
     "sample_every": (0, _MOST),
     "sample_tokens": (1, _MOST),
 }
-_NUMBERS = ("learning_rate", "end_learning_rate", "weight_decay", "clip_norm", "z_loss")
+_NUMBERS = (
+    "learning_rate",
+    "end_learning_rate",
+    "weight_decay",
+    "clip_norm",
+    "z_loss",
+    "skip_spikes",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +235,7 @@ class RunConfig:
     origin: Origin | None = None
     """None: the first weights were drawn."""
     recipe: Recipe | None = None
+    skip_spikes: float | None = None
 
     @property
     def first_step(self) -> int:
@@ -247,6 +260,7 @@ class RunConfig:
             compute=compute,
             accumulate=self.accumulate,
             z_loss=self.z_loss,
+            skip_spikes=self.skip_spikes,
             weight_dtype="float32" if self.recipe is None else "bfloat16",
         )
 
@@ -259,6 +273,7 @@ _DEFAULTS: dict[str, Any] = {
     "document_mask": False,
     "accumulate": 1,
     "z_loss": 0.0,
+    "skip_spikes": None,
     "compute_dtype": "bfloat16",
 }
 # What a recipe has in place of these. Its weights are rounded, so its products need not be.

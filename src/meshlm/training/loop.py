@@ -41,7 +41,7 @@ from meshlm.training.batches import local_rows, to_device
 from meshlm.training.config import RunConfig, TrainConfig
 from meshlm.training.continuing import first_difference
 from meshlm.training.memory import setup_of_run
-from meshlm.training.metrics import NoiseScale, update_noise_scale
+from meshlm.training.metrics import NoiseScale, update_noise_scale, why_skipped
 from meshlm.training.origin import first_state
 from meshlm.training.out_of_memory import told_out_of_memory
 from meshlm.training.output import RunOutput
@@ -297,8 +297,9 @@ class _Run:
         in_a_row = int(metrics.skipped_in_a_row)
         if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise MeshLMError(
-                f"loss or gradient was not finite {in_a_row} steps in a row, at step {step}: the "
-                "weights are as before; lower --learning-rate in a new run, or look at the data"
+                f"{in_a_row} steps in a row were skipped up to step {step}, where "
+                f"{why_skipped(values)}: the weights are as before; lower --learning-rate in a new "
+                "run, or look at the data"
             )
 
     def _write_line(self, step: int, values: dict[str, Any]) -> None:

@@ -107,6 +107,12 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def why_skipped(line: Mapping[str, Any]) -> str:
+    """Returns what a skipped step's line tells of the reason."""
+    is_finite = line.get("loss") is not None and line.get("grad_norm") is not None
+    return "the loss was a spike" if is_finite else "a loss or gradient was not finite"
+
+
 def _drop_lines_from(path: Path, first_step: int) -> None:
     """Rewrite the file without its torn lines and without lines of `first_step` and later.
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from meshlm.core.processes import is_first
-from meshlm.training.metrics import MetricsLog
+from meshlm.training.metrics import MetricsLog, why_skipped
 from meshlm.training.progress import TrainingProgress
 from meshlm.training.report import write_report
 from meshlm.training.run_folder import add_incident, write_samples
@@ -77,7 +77,7 @@ class RunOutput:
                 f"{values['val_perplexity']:,.2f}, {values['val_bits_per_byte']:.4f} bits per byte"
             )
         if values["skipped"]:
-            self.say(f"step {step}: loss or gradient not finite, weights left as before")
+            self.say(f"step {step}: {why_skipped(values)}, weights left as before")
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Writes the samples of a step, and shows the first."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meshlm.training.metrics import read_metrics
+from meshlm.training.metrics import read_metrics, why_skipped
 from meshlm.training.report.chart import Point
 
 INCIDENTS_FILE = "incidents.jsonl"
@@ -142,7 +142,7 @@ def _skipped_steps(lines: Sequence[Mapping[str, Any]]) -> Iterator[Incident]:
         count = line.get("skipped")
         if isinstance(count, int | float) and count > 0:
             steps = "the update was skipped" if count == 1 else f"{count:g} updates were skipped"
-            message = f"a loss or gradient was not finite, {steps}"
+            message = f"{why_skipped(line)}, {steps}"
             yield Incident(step=line["step"], kind="skipped", message=message)
 
 
