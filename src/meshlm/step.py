@@ -121,7 +121,9 @@ def begin_state(config: StepConfig, params: PyTree) -> TrainState:
         optimizer=optimizer.init(params),
         skipped=zero,
         skipped_in_a_row=zero,
-        recent_losses=None if config.skip_spikes is None else jnp.full(SPIKE_WINDOW, jnp.inf),
+        recent_losses=(
+            None if config.skip_spikes is None else jnp.full(SPIKE_WINDOW, jnp.inf, jnp.float32)
+        ),
     )
 
 

@@ -42,7 +42,7 @@ NONSENSE = [
     ("--anneal-steps -1", 2, "--anneal-steps -1"),
     ("--weight-decay nan", 2, "--weight-decay nan"),
     ("--clip-norm 0", 2, "--clip-norm 0"),
-    ("--skip-spikes 0", 2, "--skip-spikes 0: give more than 0, or leave it out"),
+    ("--skip-spikes 3.9", 2, "--skip-spikes 3.9: give 4 or more, or leave it out"),
     ("--reduce-dtype bfloat16 --compute-dtype float32", 2, "it takes --compute-dtype bfloat16"),
     ("--clip-norm -1", 2, "--clip-norm -1"),
     ("--z-loss -1", 2, "--z-loss -1"),

@@ -245,16 +245,30 @@ def test_a_mistake_ends_all_with_its_code(team, store, tmp_path):
     assert first.at_s - began_s < 60  # most of it is Python's and JAX's own start
 
 
-@pytest.mark.long
-def test_a_save_that_fails_in_one_is_known_to_both(team, store, tmp_path, undisturbed):
-    """Process 0 cannot commit the first save; the run goes on, and the next save is good."""
+@pytest.mark.parametrize(
+    ("where", "point"),
+    [
+        (0, "before-arrays"),
+        pytest.param(1, "before-arrays", marks=pytest.mark.long),
+        pytest.param(0, "before-manifest", marks=pytest.mark.long),
+    ],
+)
+def test_a_save_that_fails_in_one_is_known_to_both(
+    team, store, tmp_path, undisturbed, where, point
+):
+    """One cannot begin, or commit, any save; the run goes on to its end, and the next is good."""
     run = tmp_path / "run"
     options = train(store, run, *SLOWLY, *mesh(data=2))
-    broken = {0: {"MESHLM_FAILPOINT": "before-manifest:error"}}
+    broken = {where: {"MESHLM_FAILPOINT": f"{point}:error"}}
     ended = team(*options, env_of=broken).wait()
     assert [process.code for process in ended] == [1, 1], ended
-    assert ended[0].said.startswith("checkpoint of step 12 was not saved: ")
-    assert ended[1].said == f"in another process, {ended[0].said}"
+    said, heard = ended[where].said, ended[1 - where].said
+    lost = "checkpoint of step 12 was not saved: "
+    assert said.startswith(f"{lost}[Errno 28]")
+    if point == "before-arrays":
+        assert heard.startswith(f"{lost}process {where}: OSError: [Errno 28]")
+    else:
+        assert heard == f"in another process, {said}"
     assert len(lines(run)) == STEPS
     assert checkpoint.complete_steps(run / "checkpoints") == []
     again = team(*options).wait()

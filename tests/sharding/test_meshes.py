@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from meshlm.core.sharding import RULES, use_mesh
-from meshlm.ops import loss
+from meshlm.ops import loss as loss_room
 from meshlm.step import (
     SPIKE_WINDOW,
     StepBatch,
@@ -110,7 +110,7 @@ def test_every_rule_gives_the_loss_and_gradients_of_one_device(sizes, rules):
 @pytest.mark.parametrize(("sizes", "rules"), [((2, 2, 2), name) for name in RULES], ids=str)
 def test_copies_of_the_weights_add_their_accumulated_gradients(sizes, rules, monkeypatch):
     """Each of the copies sums up its own, in stretches of the loss as well."""
-    monkeypatch.setattr(loss, "STRETCH_ROWS", 2)
+    monkeypatch.setattr(loss_room, "STRETCH_ROWS", 2)
     (scalars, grads), (wanted_scalars, wanted_grads) = (
         measure(sizes, rules, FULL),
         measure((1, 1, 1)),
@@ -162,8 +162,9 @@ def test_bfloat16_on_a_mesh():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (2, 2, 2)])
-def test_gradients_summed_in_bfloat16(sizes, accumulate):
+def test_gradients_summed_in_bfloat16(sizes, accumulate, monkeypatch):
     """The loss is the same, the gradients are so up to the rounding of what each device adds."""
+    monkeypatch.setattr(loss_room, "STRETCH_ROWS", 2)
     mesh, found = mesh_of(*sizes), {}
     for reduce_dtype in ("float32", "bfloat16"):
         compute = dataclasses.replace(

@@ -226,6 +226,15 @@ def test_a_loss_far_above_the_last_ones_changes_nothing(count, shift, is_skipped
     np.testing.assert_array_equal(after["recent_losses"], wanted)
 
 
+def test_a_step_is_compiled_once():
+    """Else the state that it returns has another type than the one that it begins with."""
+    config = step_config(optimizer=AT_ONCE, skip_spikes=6.0)
+    state, step = compiled_init(config)(0), compile_train_step(config)
+    for _ in range(3):
+        state, _ = step(state, BATCH)
+    assert step._cache_size() == 1
+
+
 @given(
     losses=st.lists(st.floats(-100, 100, width=32) | st.just(np.inf), min_size=128, max_size=128),
     loss=st.floats(-200, 200, width=32),

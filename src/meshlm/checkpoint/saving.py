@@ -40,7 +40,7 @@ from meshlm.checkpoint.manifest import (
     write_file,
 )
 from meshlm.core.errors import MeshLMError, UsageError
-from meshlm.core.processes import heard, tell
+from meshlm.core.processes import agree, heard, tell, together
 
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _TIMEOUT_S = 4 * 60 * 60
@@ -105,21 +105,26 @@ class Checkpointer:
         steps are deleted: they belong to a past that is being written anew.
 
         Raises: MeshLMError when an earlier save failed (this one has begun all the same), or when
-        this one could not begin. Either way older checkpoints are as they were, and the caller may
-        go on and save again.
+        this one could not begin, in every process alike. Either way older checkpoints are as they
+        were, and the caller may go on and save again. What only one of several processes cannot do
+        is raised as it is: the others wait for it, and the run must end.
         """
         files = dict(files or {})
         check_file_names(files)
         _check_arrays(step, arrays)
         earlier = self._finish()
+        self._attempts += 1
+        save = _Save(step, saving_path(self._folder, step, self._attempts))
         try:
-            self._begin(step, arrays, files)
+            kept = together(lambda: self._prepare(save, arrays))
         except Exception as error:
-            self._unreported = None
-            self.last_error = _not_saved(step, error)
-            if jax.process_index() == 0 and self._newest is not None:
-                remove_tree(self._newest.folder)
-            raise self.last_error from error
+            raise agree(self._cannot_begin(save, error)) from error
+        try:
+            self._begin(save, kept, files)
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise
+            raise self._cannot_begin(save, error) from error
         if earlier is not None:
             raise earlier
 
@@ -155,23 +160,33 @@ class Checkpointer:
         if failed is not None and error is None:
             raise failed
 
-    def _begin(
-        self, step: int, arrays: Mapping[str, jax.Array], files: Mapping[str, bytes]
-    ) -> None:
-        self._attempts += 1
-        target = saving_path(self._folder, step, self._attempts)
-        self._newest = save = _Save(step, target)
+    def _prepare(self, save: _Save, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the arrays as they are now, for which there is a folder."""
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             clean_leftovers(self._folder)
-            target.mkdir()
+            save.folder.mkdir()
         failpoint("before-arrays")
-        context = saving_context(self._is_stacked)
-        with context:
-            response = ocp.save_async(str(target / ARRAYS_NAME), _snapshot(arrays))
+        return _snapshot(arrays)
+
+    def _cannot_begin(self, save: _Save, error: Exception) -> MeshLMError:
+        self._unreported = None
+        self.last_error = _not_saved(save.step, error)
+        if jax.process_index() == 0:
+            remove_tree(save.folder)
+        return self.last_error
+
+    def _begin(
+        self, save: _Save, arrays: Mapping[str, jax.Array], files: Mapping[str, bytes]
+    ) -> None:
+        self._newest = save
+        with saving_context(self._is_stacked):
+            response = ocp.save_async(str(save.folder / ARRAYS_NAME), dict(arrays))
         infos = {n: ArrayInfo(shape=a.shape, dtype=a.dtype.name) for n, a in arrays.items()}
         finish = functools.partial(self._commit, save, response, infos, files)
-        self._thread = threading.Thread(target=finish, name=f"checkpoint-step-{step}", daemon=True)
+        self._thread = threading.Thread(
+            target=finish, name=f"checkpoint-step-{save.step}", daemon=True
+        )
         self._thread.start()
 
     def _commit(
@@ -238,17 +253,21 @@ class Checkpointer:
         thread, self._thread = self._thread, None
         if thread is None:
             return None
-        self._join(thread)
+        gave_up = self._join(thread)
         error, self._unreported = self._unreported, None
-        if jax.process_count() > 1:
-            failed = multihost_utils.process_allgather(np.asarray(error is not None))
-            if error is None and np.any(failed):
-                reason = heard(self._failure_key()) or "a checkpoint failed; see its log"
-                self.last_error = error = MeshLMError(f"in another process, {reason}")
-        return error
+        if jax.process_count() == 1:
+            return error
+        found = multihost_utils.process_allgather(np.asarray([error is not None, gave_up]))
+        if error is None and np.any(found):
+            reason = heard(self._failure_key()) or "a checkpoint failed; see its log"
+            self.last_error = error = MeshLMError(f"in another process, {reason}")
+        # All have an error then, and each says its own. But what Orbax still waits for keeps a
+        # process from its end: should it be the last error, the first that speaks ends all at once.
+        is_over = not np.any(found[..., 1])
+        return agree(error) if error is not None and is_over else error
 
-    def _join(self, thread: threading.Thread) -> None:
-        """Waits for a save; no longer where another process has failed to write its part.
+    def _join(self, thread: threading.Thread) -> bool:
+        """Waits for a save; returns whether it was given up, for another process cannot write.
 
         Orbax would wait for that part, and training with it, for hours.
         """
@@ -259,7 +278,8 @@ class Checkpointer:
                 thread.join(_GRACE_S)
             if reason is not None and self._newest is not None and self._decide(self._newest):
                 self.last_error = self._unreported = MeshLMError(f"in another process, {reason}")
-                return
+                return True
+        return False
 
     def _failure_key(self) -> str:
         return f"checkpoint-{self._attempts}"

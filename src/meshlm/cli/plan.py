@@ -65,7 +65,7 @@ class Config:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Operands of the matrix products."""
     reduce_dtype: ReduceDtype = "float32"
-    """Gradients of matrices are summed over devices in it."""
+    """Gradients of matrices but the embedding's are summed over devices in it."""
     optimizer: OptimizerName = "adamw"
     """adafactor keeps no moments as large as the weights."""
     vocab_size: int | None = None

@@ -277,7 +277,7 @@ def reshard(x: jax.Array, *dims: str | None, gathered: bool = False) -> jax.Arra
     return x if target is None else jax.sharding.reshard(x, target)
 
 
-def gather(weight: jax.Array, *dims: str | None) -> jax.Array:
+def gather_reduced(weight: jax.Array, *dims: str | None) -> jax.Array:
     """Returns a weight as products with rows take it: whole over the axes that it is stored over.
 
     Every device has a gradient of its own rows, in the weight's dtype. Their sum is made in that

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from meshlm.core import sharding
-from meshlm.core.sharding import reshard, share
+from meshlm.core.sharding import gather_reduced, reshard, share
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
@@ -170,7 +169,7 @@ def gather(weight: Matrix, compute: Compute, *dims: str | None) -> Any:
         return weight
     weight = weight.astype(compute.dtype)
     if compute.reduce_dtype == compute.dtype:
-        return sharding.gather(weight, *dims)
+        return gather_reduced(weight, *dims)
     return reshard(weight, *dims, gathered=True)
 
 

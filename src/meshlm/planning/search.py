@@ -7,7 +7,7 @@ from typing import get_args
 
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import RULES, MeshConfig
-from meshlm.model.compute import Remat
+from meshlm.model.compute import Compute, Remat
 from meshlm.planning.plan import Plan, make_plan
 from meshlm.planning.setup import Setup, check_setup
 from meshlm.planning.topology import Topology
@@ -98,6 +98,8 @@ def describe_setup(setup: Setup) -> str:
     options: dict[str, object] = {name: size for name, size in sizes.items() if size > 1}
     if options:
         options = {"--sharding": setup.sharding, **options}
+    if setup.step.compute.reduce_dtype != Compute().reduce_dtype:
+        options |= {"--reduce-dtype": setup.step.compute.reduce_dtype}
     options |= {
         "--remat": setup.step.compute.remat,
         "--accumulate": setup.step.accumulate,

@@ -293,10 +293,11 @@ def _of_copies(setup: Setup) -> tuple[Transfer, ...]:
     """Gradients are summed over whole copies of the weights, once a step."""
     rules = setup.rules
     axes = tuple(axis for axis in AXES if axis in rules.batch and axis not in rules.embed)
-    weights = jax.tree.leaves(describe(setup.step.model))
     # Added up over parts they are float32.
     each = _BYTES[setup.step.compute.reduce_dtype] if setup.step.accumulate == 1 else 4
-    own = 1.0 * each * sum(elements(weight, setup) for weight in weights)
+    model = describe(setup.step.model)
+    own = 4.0 * elements(model.embedding, setup)
+    own += 1.0 * each * sum(elements(w, setup) for w in jax.tree.leaves((model.blocks, model.head)))
     return (Transfer(op="all-reduce", axes=axes, bytes=own, count=1, of="gradients"),)
 
 

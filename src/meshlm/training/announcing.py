@@ -35,7 +35,8 @@ def announce(
         f"{tokens * record.steps:,} tokens",
         f"mesh replica {mesh.replica} x data {mesh.data} x model {mesh.model} on "
         f"{device_facts().kind}, split by the rules {config.rules.name}; "
-        f"{record.compute_dtype} products, {step_config.compute.attention} attention, "
+        f"{record.compute_dtype} products, gradients summed in "
+        f"{step_config.compute.reduce_dtype}, {step_config.compute.attention} attention, "
         f"remat {step_config.compute.remat}",
         f"learning rate {record.optimizer.learning_rate:g} -> "
         f"{record.optimizer.end_learning_rate:g}, warm-up {record.optimizer.warmup_steps}, "

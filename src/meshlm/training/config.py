@@ -92,7 +92,7 @@ class TrainConfig:
     """Weight of the original's penalty on the log-sum-exp; the original's value is 1e-4. [0]"""
     skip_spikes: float | None = None
     """Standard deviations above the mean of the last 128 losses from which on a step changes
-    nothing; 6 is usual. [none is skipped]"""
+    nothing; 6 is usual, 4 the least. [none is skipped]"""
     compute_dtype: Literal["bfloat16", "float32"] | None = None
     """Operands of the matrix products; weights and sums are float32. [bfloat16]"""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -103,7 +103,8 @@ class TrainConfig:
     """Form of attention. [the fastest that compiles on these devices: splash, cudnn, else chunked;
     plain on a CPU]"""
     reduce_dtype: ReduceDtype = "float32"
-    """Gradients of matrices are summed over devices in it; bfloat16 halves what they send."""
+    """Gradients of matrices but the embedding's are summed over devices in it; bfloat16 halves what
+    they send."""
     remat: Remat | None = None
     """What is computed again to save memory. [none; minimal for split weights; full from 1e9]"""
     checkpoint_every: int = 200
@@ -143,8 +144,11 @@ class TrainConfig:
                 raise UsageError(f"--{flag(name)} {value:g}: give 0 or more, and finite")
         if self.clip_norm == 0:
             raise UsageError("--clip-norm 0: give more than 0; 1e9 turns clipping off")
-        if self.skip_spikes == 0:
-            raise UsageError("--skip-spikes 0: give more than 0, or leave it out to skip none")
+        if self.skip_spikes is not None and self.skip_spikes < _LEAST_SIGMAS:
+            raise UsageError(
+                f"--skip-spikes {self.skip_spikes:g}: give {_LEAST_SIGMAS} or more, or leave it "
+                "out to skip none"
+            )
         if self.sample_every and not self.sample_prompts:
             raise UsageError("--sample-prompts is empty: give a text, or --sample-every 0")
 
@@ -160,6 +164,8 @@ class TrainConfig:
         return dataclasses.replace(self, mesh=whole_mesh(self.sharding, devices))
 
 
+# With less, more than ten steps of a new level are skipped before it is taken for one.
+_LEAST_SIGMAS = 4
 # What the devices count with: a step is an int32, a seed a uint32.
 _MOST = 2**31 - 1
 _WHOLE_NUMBERS = {

@@ -80,7 +80,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         BadInputError: a store or every checkpoint of the run is damaged.
         BusyError: another process trains in this folder.
         StoppedError: SIGTERM or SIGINT came; the state is saved.
-        MeshLMError: ten losses or gradients in a row were not finite, or the last save failed.
+        MeshLMError: ten steps in a row were skipped, or the last save failed.
     """
     processes.join(config.processes)
     try:
@@ -297,7 +297,7 @@ class _Run:
         in_a_row = int(metrics.skipped_in_a_row)
         if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise MeshLMError(
-                f"{in_a_row} steps in a row were skipped up to step {step}, where "
+                f"{in_a_row} steps in a row were skipped, the last, {step}, because "
                 f"{why_skipped(values)}: the weights are as before; lower --learning-rate in a new "
                 "run, or look at the data"
             )
@@ -314,13 +314,14 @@ class _Run:
         step_s = done_s - max(pending.began_s, self.last_done_s)
         self.last_done_s = done_s
         tokens = self.record.batch_size * self.record.seq_len
-        self.noise = update_noise_scale(
-            self.noise,
-            micro_norm_squared=float(metrics.micro_grad_square),
-            macro_norm_squared=float(metrics.grad_norm) ** 2,
-            batch_size=self.record.batch_size,
-            accumulate=num_micro_batches(self.step_config),
-        )
+        if not metrics.skipped_in_a_row:
+            self.noise = update_noise_scale(
+                self.noise,
+                micro_norm_squared=float(metrics.micro_grad_square),
+                macro_norm_squared=float(metrics.grad_norm) ** 2,
+                batch_size=self.record.batch_size,
+                accumulate=num_micro_batches(self.step_config),
+            )
         return {
             "loss": _finite(metrics.loss),
             "learning_rate": float(metrics.learning_rate),
@@ -353,9 +354,6 @@ class _Run:
 
     def _wait_for_save(self) -> None:
         """Raises MeshLMError where the last save failed: such a run has not ended well."""
-        processes.together(self._check_last_save)  # so that each says what it knows of it itself
-
-    def _check_last_save(self) -> None:
         self.checkpointer.wait()
         if self.checkpointer.last_error is not None:
             raise self.checkpointer.last_error

@@ -44,6 +44,7 @@ _FREE_OPTIONS = (
     "sharding",
     "attention",
     "remat",
+    "reduce_dtype",
     "checkpoint_every",
     "keep",
     "keep_every",
