@@ -17,8 +17,9 @@ from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.store import TokenStore
 from meshlm.serving.http.fingerprint import fingerprint
 from meshlm.serving.http.server import ServeOptions, serve
-from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, new_run
+from meshlm.training.config import RunConfig, StoreRecord, TrainConfig
 from meshlm.training.loop import TrainResult, train
+from meshlm.training.new_run import new_run
 from meshlm.training.run_folder import read_config
 from meshlm.training.speed import measure_step_s
 

@@ -24,11 +24,11 @@ from meshlm.training.config import (
     StoreRecord,
     TrainConfig,
     check_batch,
-    new_run,
 )
 from meshlm.training.continuing import continued_run, first_difference
 from meshlm.training.memory import check_memory, setup_of_run
 from meshlm.training.metrics import NoiseScale
+from meshlm.training.new_run import new_run
 from meshlm.training.run_folder import parse_config
 from meshlm.training.saved import saved_files, saved_noise
 

@@ -7,12 +7,12 @@ from typing import Any
 from meshlm.core.config import to_dict
 from meshlm.core.errors import UsageError
 from meshlm.training.config import (
-    RUN_OPTIONS,
     RunConfig,
     StoreRecord,
     TrainConfig,
     flag,
 )
+from meshlm.training.new_run import RUN_OPTIONS
 
 
 def continued_run(

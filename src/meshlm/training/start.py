@@ -19,10 +19,11 @@ from meshlm.data.loader import parse_mixture
 from meshlm.data.store import TokenStore
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.ops.fast_attention import AttentionName, check_attention, choose_attention
-from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, check_batch, new_run
+from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, check_batch
 from meshlm.training.continuing import continued_run, first_difference
 from meshlm.training.lock import LOCK_NAME, RunLock
 from meshlm.training.memory import check_memory
+from meshlm.training.new_run import new_run
 from meshlm.training.origin import check_tokenizer, describe_origin, open_origin
 from meshlm.training.run_folder import CONFIG_FILE, free_options, read_config
 from meshlm.training.settings import read_settings
