@@ -18,12 +18,12 @@ MESHLM=${MESHLM:-meshlm} PORT=${PORT:-8476} SSH=${SSH:-ssh}
 # Quoted once more, for the shell on the hosts.
 printf -v arguments ' %q' "$@"
 
-# What the hosts read ends when this script is told to stop, or is gone: then they stop too.
 folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+# What the hosts read ends when this script is told to stop, or is gone: then they stop too.
 mkfifo "$folder/input"
 exec 9<>"$folder/input" 8<"$folder/input"
-rm -r "$folder"
-trap 'exec 9>&-' INT TERM
+trap 'trap "" INT TERM; exec 9>&-' INT TERM  # once: to be told again changes nothing
 
 processes=()
 for index in "${!hosts[@]}"; do
@@ -33,14 +33,13 @@ for index in "${!hosts[@]}"; do
         { cat <&3; kill -TERM \$meshlm; } >/dev/null 2>&1 & watch=\$!
         wait \$meshlm; code=\$?
         kill \$watch 2>/dev/null; exit \$code"
-    $SSH "${hosts[index]}" "$command" <&8 9>&- &
+    echo 137 >"$folder/code-$index"  # of one that was killed
+    { $SSH "${hosts[index]}" "$command" <&8; echo $? >"$folder/code-$index"; } 9>&- &
     processes+=($!)
 done
 
-worst=0
+# A signal ends the waiting, not the process, and what `wait` then returns is not its exit code.
 for process in "${processes[@]}"; do
-    # A signal ends the waiting, not the process.
-    until wait "$process" && code=0 || { code=$? && ! kill -0 "$process" 2>/dev/null; }; do :; done
-    [ "$code" -le "$worst" ] || worst=$code
+    while kill -0 "$process" 2>/dev/null; do wait "$process"; done
 done
-exit "$worst"
+exit "$(sort -n "$folder"/code-* | tail -n 1)"

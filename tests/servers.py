@@ -34,10 +34,14 @@ MODEL = dataclasses.replace(CONFIG, vocab_size=384, context_length=128)
 
 
 def write_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Path:
-    """Writes a random model with a tokenizer of its own, and returns the path to serve."""
+    """Writes a random model with a tokenizer of its own, and returns the path to serve.
+
+    It never ends a text by itself: what is sampled without a seed would else be cut by chance.
+    """
     tokenizer = train_bpe([TEXT], VOCAB_SIZE)
     assert tokenizer.end_of_text_id == END_OF_TEXT
     arrays = {"params." + name: a for name, a in to_named(draw_params(model)).items()}
+    arrays["params.head_bias"] = arrays["params.head_bias"].at[END_OF_TEXT].set(-100.0)
     files = {
         "config.json": to_json({"run": {"model": to_dict(model)}, "options": {}}),
         "tokenizer.json": tokenizer.to_json(),

@@ -257,17 +257,16 @@ FAKE_SSH = """#!/bin/sh
 shift
 exec sh -c "$1"
 """
+# (A handler in Python is not run while the call sleeps that follows just after the signal.)
 FAKE_MESHLM = r"""#!{python}
-import os, signal, sys, time
+import os, signal, sys
 me = int(os.environ["JAX_PROCESS_ID"])
-def stop(*_):
-    os.write(1, f"saved {{me}}\n".encode())
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 address, count = os.environ["JAX_COORDINATOR_ADDRESS"], os.environ["JAX_NUM_PROCESSES"]
 os.write(1, " ".join(["began", str(me), address, count, *sys.argv[1:]]).encode() + b"\n")
-if "--wait" in sys.argv:
-    time.sleep(60)
+if "--wait" in sys.argv and signal.sigtimedwait([signal.SIGTERM], 60):
+    os.write(1, f"saved {{me}}\n".encode())
+    sys.exit(75)
 sys.exit(3 * me)
 """
 
@@ -315,6 +314,18 @@ def test_hosts_stop_when_the_script_is_told_to(hosts):
     assert sorted(lines) == ["saved 0", "saved 1", "saved 2"]
     assert process.returncode == STOPPED
     assert time.monotonic() - began_s < 20
+
+
+def test_the_exit_code_is_the_hosts_and_not_the_signals(hosts):
+    """Also where it is told to stop just as the hosts end by themselves, and again and again."""
+    for _ in range(10):
+        process = hosts("--steps=1")
+        for _ in range(3):
+            assert process.stdout.readline().startswith("began")
+        for _ in range(5):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        assert process.wait(20) == 6
 
 
 def test_hosts_stop_when_the_script_is_gone(hosts):
