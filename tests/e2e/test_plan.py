@@ -95,13 +95,33 @@ def test_the_mesh_is_that_of_the_rules(meshlm, words, mesh):
     assert tuple(planned(meshlm, *plan, *words)["mesh"].values()) == mesh
 
 
+def test_several_slices(meshlm):
+    plan = ("plan", "--preset", "1.3b", "--no-compile", "--topology")
+    found = planned(meshlm, *plan, "2xv5e:4x4", "--sharding", "replica-fsdp", "--batch-size", "64")
+    assert (found["devices"], *found["mesh"].values()) == (32, 2, 16, 1)
+    (between,) = [c for c in found["collectives"] if "replica" in c["axes"]]
+    own = 4 * found["parameters"] / 16
+    assert (between["op"], between["count"]) == ("all-reduce", 1)
+    assert between["bytes"] == pytest.approx(own, rel=0.01)
+    assert found["predicted_interconnect_s"]["replica"] == pytest.approx(own / 3.125e9, rel=0.02)
+    code, out, _ = meshlm(*plan, "2xv5e:4x4")
+    assert code == 0
+    assert "32 x TPU v5 lite in 2 slices" in out
+    assert "3.12 GB/s each way from a device to other slices" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--preset", "gpt-j-7b"), "--preset gpt-j-7b: did you mean gpt-j-6b?"),
         (("--preset", "1.3b", "--topology", "v9:4x4"), "--topology v9:4x4: give chips"),
         (("--preset", "1.3b", "--topology", "v5e:4"), "--topology v5e:4: give the chips"),
+        (("--preset", "1.3b", "--topology", "2xH100:8"), "--topology 2xH100:8: give chips"),
         (("--preset", "1.3b", "--mesh.data", "99"), "--mesh.* of 99 devices"),
+        (
+            ("--preset", "1.3b", "--topology", "2xv5e:4x4", "--mesh.data", "32"),
+            "--mesh.replica 1 of 32 devices: 2xv5e:4x4 has 32 in 2 slices",
+        ),
         (("--preset", "1.3b", "--seq-len", "4096"), "--seq-len 4096: the model's context is 2048"),
         (("--preset", "1.3b", "--batch-size", "0"), "--batch-size 0: give 1 or more"),
         (("--preset", "1.3b", "--vocab-size", "-1"), "vocab_size is -1: give a positive number"),

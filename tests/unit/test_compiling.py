@@ -186,6 +186,29 @@ def test_the_training_step_for_a_tpu():
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("sharding", "mesh", "accumulate"),
+    [
+        ("replica-fsdp", MeshConfig(replica=2, data=4), 1),
+        ("replica-fsdp", MeshConfig(replica=2, data=4), 2),
+        ("fsdp-tensor", MeshConfig(replica=2, data=2, model=2), 2),
+    ],
+)
+def test_between_slices_go_a_devices_own_gradients_once(sharding, mesh, accumulate):
+    """And a few sums besides: of the loss, of the gradients' norms."""
+    # Each device's part of these fills its tiles.
+    model = dataclasses.replace(MODEL, d_model=512, num_heads=4, head_dim=128, vocab_size=512)
+    setup = setup_of(model, mesh=mesh, sharding=sharding, accumulate=accumulate)
+    found = compile_setup(setup, find_topology("2xv5e:2x2"))
+    between = [c for c in found.collectives if c.between_slices]
+    assert {(c.op, c.axes, c.group_size) for c in between} == {("all-reduce", ("replica",), 2)}
+    own = state_bytes(setup) / 3  # weights and two moments
+    assert sum(c.bytes * c.count for c in between) == pytest.approx(own, rel=0.01)
+    # The other exchanges stay within a slice.
+    assert all("replica" not in c.axes for c in found.collectives if not c.between_slices)
+
+
+@needs_compiler
 @pytest.mark.parametrize(("reduce_dtype", "dtype"), [("float32", "f32"), ("bfloat16", "bf16")])
 def test_gradients_travel_in_the_type_that_was_asked_for(reduce_dtype, dtype):
     compute = Compute(remat="full", reduce_dtype=reduce_dtype)

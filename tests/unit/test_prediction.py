@@ -166,6 +166,35 @@ def test_routes_between_hosts_of_gpus():
     assert whole.bytes_per_s == min(links.link_bytes_per_s, 8 * links.network_bytes_per_s)
 
 
+def test_exchanges_between_slices():
+    """Within each slice first, then a device's part with its counterparts in the others."""
+    four, one = find_topology("4xv5e:16x16"), find_topology("v5e:16x16")
+    network = four.interconnect.network_bytes_per_s
+    assert network == 3.125e9
+    mesh = MeshConfig(replica=4, data=256)
+    alone = transfer_s("all-reduce", 1e9, ("replica",), mesh, four)
+    assert alone == pytest.approx(2 * 1e9 * 3 / 4 / network)
+    within = transfer_s("all-reduce", 1e9, ("data",), mesh, four)
+    assert within == transfer_s("all-reduce", 1e9, ("data",), MeshConfig(data=256), one)
+    both = transfer_s("all-reduce", 1e9, ("replica", "data"), mesh, four)
+    assert both == pytest.approx(within + 2 * 1e9 / 256 * 3 / 4 / network)
+    # Two copies in each slice: what the compiler says of either part.
+    mesh = MeshConfig(replica=8, data=128)
+    options = {"axes": ("replica",), "mesh": mesh, "topology": four}
+    inside = transfer_s("all-reduce", 1e9, **options, group=2)
+    across = transfer_s("all-reduce", 5e8, **options, group=4, between_slices=True)
+    assert across == pytest.approx(2 * 5e8 * 3 / 4 / network)
+    assert inside < 0.1 * across
+    assert transfer_s("all-reduce", 1e9, **options) == pytest.approx(inside + across)
+
+
+def test_a_network_that_is_not_known_is_told():
+    v4 = find_topology("2xv4:4x4x4")
+    found = predict(setup_of(sharding="replica-fsdp", replica=2, data=64, batch_size=128), v4)
+    assert found.interconnect_s["replica"] == 0
+    assert "no speed of their network is known" in " ".join(found.assumptions)
+
+
 def test_nothing_known_of_links_is_told():
     blind = with_links(V3, None)
     assert transfer_s("all-gather", 1e9, ("data",), POD.mesh, blind) is None

@@ -94,6 +94,14 @@ def test_no_more_are_compiled_than_makes_sense(monkeypatch, ranked):
     assert [p.setup for p in found] == [p.setup for p in ranked[4:]]
 
 
+def test_replica_takes_the_slices():
+    two = dataclasses.replace(find_topology("2xv5e:4x4"), compiles=False)
+    plans = search(BASE, two)
+    assert {p.setup.mesh.num_devices for p in plans} == {32}
+    assert {p.setup.mesh.replica % 2 for p in plans} == {0}
+    assert {p.setup.sharding for p in plans} >= {"fsdp", "fsdp-tensor", "replica-fsdp"}
+
+
 def test_nothing_fits():
     small = dataclasses.replace(find_topology("v3:1x1"), compiles=False)
     with pytest.raises(UsageError, match="nothing fits on v3:1x1"):

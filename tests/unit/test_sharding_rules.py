@@ -215,6 +215,9 @@ class Device:
         ("tensor", 1, (1, 1, 8)),
         ("replica-fsdp", 1, (1, 8, 1)),
         ("replica-fsdp", 2, (2, 4, 1)),
+        ("fsdp-tensor", 2, (2, 4, 1)),
+        ("fsdp", 4, (4, 2, 1)),
+        ("data", 2, (8, 1, 1)),
     ],
 )
 def test_the_mesh_of_all_devices(name, slices, wanted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -17,7 +16,12 @@ from meshlm.core.platform import has_tpu_compiler
 from meshlm.core.sharding import MeshConfig
 from meshlm.planning import topology as module
 from meshlm.planning.compiling import _WITHOUT_TPUS
-from meshlm.planning.topology import axes_on_torus, compiler_name, find_topology
+from meshlm.planning.topology import (
+    axes_on_torus,
+    check_devices,
+    compiler_name,
+    find_topology,
+)
 
 needs_compiler = pytest.mark.skipif(
     not has_tpu_compiler(), reason="libtpu is not installed (extra plan)"
@@ -35,6 +39,8 @@ needs_compiler = pytest.mark.skipif(
         ("v5p:4x8x8", 256, 459, 95),
         ("v6e:16x16", 256, 918, 32),
         ("v7x:2x2x1", 8, 1153.5, 96),
+        ("2xv5e:16x16", 512, 197, 16),
+        ("32xv3:2x2", 256, 61.5, 16),
         ("A100:8", 8, 312, 80),
         ("H100:64", 64, 989, 80),
         ("H200:8", 8, 989, 141),
@@ -47,7 +53,9 @@ def test_the_devices_of_a_name(name, devices, teraflops, gibibytes):
     assert found.facts.peak_flops == teraflops * 1e12
     assert found.facts.memory_bytes == gibibytes << 30
     assert found.facts.platform == ("gpu" if name[0] in "ABH" else "tpu")
-    assert math.prod(found.chips) * found.devices_per_chip == (devices if found.chips else 1)
+    assert math.prod(found.chips) * found.devices_per_chip == (
+        devices // found.slices if found.chips else 1
+    )
 
 
 # GB/s of all links of a chip in one direction, as the makers give it: v4, v5e and v6e 2,400, 1,600
@@ -106,6 +114,13 @@ def test_rings_are_where_a_dim_is_the_pods_or_cubes_are_whole(name, wraps):
         ("H100:0", "H100:8"),
         ("H100:8x8", "H100:8"),
         ("here:2", "v3:16x8"),
+        ("0xv5e:4x4", "v3:16x8"),
+        ("2x v5e:4x4", "v3:16x8"),
+        ("2xv5e", "2 dims, as 2xv5e:4x4"),
+        ("2xv5e:32x32", "256"),
+        ("257xv5e:4x4", "at most 256 slices"),
+        ("2xH100:8", "v3:16x8"),
+        ("2xhere", "v3:16x8"),
     ],
 )
 def test_a_name_that_is_none_is_refused_in_one_line(name, hint):
@@ -158,18 +173,8 @@ def test_an_axis_takes_whole_dims_of_the_torus_where_it_can(name, data, model, e
     assert found == extents
 
 
-@dataclasses.dataclass(frozen=True)
-class SlicePlace(Place):
-    slice_index: int = 0
-
-
-def slices_of(count: int) -> list[SlicePlace]:
-    places = module._places(find_topology("v5e:4x4"))
-    return [
-        SlicePlace(**dataclasses.asdict(place) | {"id": 16 * i + place.id}, slice_index=i)
-        for i in range(count)
-        for place in places
-    ]
+def slices_of(count: int) -> list[Place]:
+    return module._places(find_topology(f"{count}xv5e:4x4"))
 
 
 def test_slices_are_split_by_replica():
@@ -184,6 +189,31 @@ def test_slices_that_replica_does_not_divide_are_refused():
         place_devices((1, 16, 2), slices_of(2))
 
 
+def test_parts_of_slices_are_refused():
+    with pytest.raises(UsageError, match=r"of 24 devices: of 2 slices.* all or none"):
+        place_devices((2, 12, 1), slices_of(2)[:24])
+
+
+@pytest.mark.parametrize(("replica", "data"), [(1, 32), (2, 8), (1, 16)])
+def test_a_mesh_takes_whole_slices(replica, data):
+    topology = find_topology("2xv5e:4x4")
+    check_devices(MeshConfig(replica=2, data=16), topology)
+    check_devices(MeshConfig(replica=4, data=8), topology)
+    with pytest.raises(UsageError, match=r"--mesh.replica .* 2 slices.* multiple of 2"):
+        check_devices(MeshConfig(replica=replica, data=data), topology)
+
+
+def test_within_a_slice_axes_lie_as_on_one():
+    sizes = {"data": 4, "model": 4}
+    one = axes_on_torus(find_topology("v5e:4x4"), MeshConfig(**sizes))
+    two = axes_on_torus(find_topology("2xv5e:4x4"), MeshConfig(replica=2, **sizes))
+    assert two == one
+    assert two["replica"] == (1, 1, 1)
+    # Copies in the same slice lie beside each other.
+    four = axes_on_torus(find_topology("2xv5e:4x4"), MeshConfig(replica=4, data=2, model=4))
+    assert math.prod(four["replica"]) == 2
+
+
 NAMES = (
     "v2:4x4",
     "v3:16x8",
@@ -193,13 +223,17 @@ NAMES = (
     "v5p:2x4x4",
     "v6e:2x4",
     "v7x:2x2x2",
+    "2xv5e:4x4",
+    "3xv4:2x2x2",
+    "2xv7x:2x2x1",
 )
 LIST_DEVICES = """
 import json, sys
 import jax
 from meshlm.planning.worker import target_devices
 print(json.dumps({name: [
-    [d.id, d.device_kind, list(d.coords), d.core_on_chip, d.process_index]
+    [d.id, d.device_kind, list(d.coords), d.core_on_chip, d.process_index,
+     getattr(d, "slice_index", 0)]
     for d in target_devices(name)
 ] for name in sys.argv[1:]}))
 """
@@ -219,11 +253,11 @@ def test_devices_are_placed_as_the_compiler_has_them():
     listed = json.loads(finished.stdout)
     for name in NAMES:
         own = [
-            [p.id, p.device_kind, list(p.coords), p.core_on_chip, p.process_index]
+            [p.id, p.device_kind, list(p.coords), p.core_on_chip, p.process_index, p.slice_index]
             for p in module._places(find_topology(name))
         ]
         assert own == listed[name], name
-        assert compiler_name(name).partition(":")[2] == name.partition(":")[2]
+        assert compiler_name(name)[0].partition(":")[2] == name.partition(":")[2]
 
 
 def test_gpus_here_are_on_hosts_of_eight(monkeypatch):

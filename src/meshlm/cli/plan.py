@@ -48,7 +48,8 @@ class Config:
     preset: str
     """Shape of the model: test, demo, 125m, 350m, 1.3b, 2.7b, gpt-j-6b, 23b."""
     topology: str = "here"
-    """Devices: v3:16x8 (chips of a TPU; v2 to v6e, v7x), H100:8, A100, H200, B200, or here."""
+    """Devices: v3:16x8 (chips of a TPU; v2 to v6e, v7x; 2xv5e:16x16 for two slices), H100:8, A100,
+    H200, B200, or here."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     sharding: ShardingName | None = None
     """Rules by which arrays are split over the mesh. [fsdp-tensor]"""
@@ -110,7 +111,7 @@ def _setup(config: Config, topology: Topology) -> Setup:
     sharding = config.sharding or DEFAULT_RULES.name
     mesh = config.mesh
     if mesh.num_devices == 1:
-        mesh = mesh_of_all(sharding, topology.num_devices)
+        mesh = mesh_of_all(sharding, topology.num_devices, topology.slices)
     for name in ("accumulate", "batch_size", "seq_len"):
         value = getattr(config, name)
         if value is not None and value < 1:

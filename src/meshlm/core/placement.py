@@ -20,6 +20,7 @@ class Place:
     coords: tuple[int, int, int]
     core_on_chip: int
     process_index: int
+    slice_index: int = 0
     platform: str = "tpu"
 
 
@@ -32,11 +33,16 @@ def place_devices(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     stays within one. Slices of TPUs, which only a network joins, are split by the first axis.
 
     Raises:
-        UsageError: the first axis does not divide among the slices.
+        UsageError: the first axis does not divide among the slices, or not all of each is used.
     """
     slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if len(set(slices.values())) > 1:
+        raise UsageError(
+            f"--mesh.* of {len(devices)} devices: of {len(slices)} slices, which only a network "
+            "joins, all or none of the devices can be used"
+        )
     if shape[0] % len(slices):
         raise UsageError(
             f"--mesh.replica {shape[0]}: the devices are in {len(slices)} slices, which only a "

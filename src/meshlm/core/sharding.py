@@ -174,12 +174,12 @@ def whole_mesh(name: ShardingName, devices: Sequence[Any]) -> MeshConfig:
 def mesh_of_all(name: ShardingName, count: int, slices: int = 1) -> MeshConfig:
     """Returns the mesh of so many devices that rules are meant for.
 
-    Whole copies take the axis `replica`, tensor parallelism `model`, everything else `data`, with
-    a copy in each slice (devices with fast links among themselves) for `replica-fsdp`.
+    Whole copies take the axis `replica`, tensor parallelism `model`; everything else takes `data`
+    within each slice (devices with fast links among themselves), and `replica` the slices.
     """
-    if name == "replica-fsdp":
-        return MeshConfig(replica=slices, data=count // slices)
-    return MeshConfig(**{_WIDEST.get(name, "data"): count})
+    if name in _WIDEST:
+        return MeshConfig(**{_WIDEST[name]: count})
+    return MeshConfig(replica=slices, data=count // slices)
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:

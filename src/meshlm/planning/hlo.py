@@ -18,6 +18,7 @@ from meshlm.planning.hlo_costs import (
     trips_of,
 )
 from meshlm.planning.hlo_groups import group_of
+from meshlm.planning.hlo_slices import exchange_of, is_between_slices, waited_for
 from meshlm.planning.hlo_text import Computation, Instruction, Text, parse_text
 
 Where = Literal["forward", "backward", "update", "other"]
@@ -44,6 +45,8 @@ class Collective:
     """The part of the step, where the compiler tells."""
     overlapped: bool = False
     """It runs beside products: the program begins it and waits for it at two places."""
+    between_slices: bool = False
+    """Each device exchanges with its counterparts in other slices, over the hosts' network."""
 
     @property
     def wire_bytes(self) -> float:
@@ -152,6 +155,8 @@ class _Reader:
         kind = instruction.op.removesuffix("-start")
         if kind in _KINDS and not is_going_on(computation):
             found.exchanges[self._exchange(kind, instruction, computation)] += 1
+        if is_between_slices(instruction):
+            found.exchanges[self._between_slices(instruction, computation)] += 1
         size = memory_bytes(instruction, computation, self.text)
         found.bytes_accessed += size
         if instruction.op == "fusion":
@@ -204,6 +209,27 @@ class _Reader:
             where=_where(instruction),
             overlapped=instruction.op.endswith("-start") or _begins(computation),
         )
+
+    def _between_slices(self, send: Instruction, computation: Computation) -> Collective:
+        """Programs for several slices hand such an exchange to the hosts and take back its end."""
+        op, slices = exchange_of(send)
+        (array, *_), *_ = operands_of(send, computation)
+        return Collective(
+            op=op,
+            axes=tuple(self.sizes)[:1],
+            dtype=array.dtype,
+            bytes=array.bytes * slices if op == "all-gather" else array.bytes,
+            count=1,
+            group_size=slices,
+            where=_where(send),
+            overlapped=any(map(self._has_products, waited_for(send, computation))),
+            between_slices=True,
+        )
+
+    def _has_products(self, instruction: Instruction) -> bool:
+        if instruction.op in ("dot", "convolution"):
+            return True
+        return instruction.op == "fusion" and self._called(instruction, "calls").flops > 0
 
 
 def _begins(computation: Computation) -> bool:

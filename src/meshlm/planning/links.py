@@ -1,4 +1,4 @@
-"""How fast devices along a mesh axis exchange: axes laid over a torus, or over hosts of GPUs."""
+"""How fast devices along a mesh axis exchange: over a torus, between tori, or hosts of GPUs."""
 
 import dataclasses
 import functools
@@ -24,20 +24,53 @@ class Route:
 
 
 def transfer_s(
-    op: str, size: float, axes: Axes, mesh: MeshConfig, topology: Topology
+    op: str,
+    size: float,
+    axes: Axes,
+    mesh: MeshConfig,
+    topology: Topology,
+    *,
+    group: int | None = None,
+    between_slices: bool = False,
 ) -> float | None:
-    """Returns the seconds of one exchange over mesh axes; None where the links are not known."""
-    group = mesh.shards(axes)
-    if group <= 1:
-        return 0.0
-    route = find_route(axes, mesh, topology)
-    if route is None:
-        return None
-    return wire_bytes(op, size, group) / route.bytes_per_s + route.hops * _HOP_S
+    """Returns the seconds of one exchange over mesh axes; None where the links are not known.
+
+    Over several slices it has two parts, as the compiler makes them: within each over its links,
+    and of what each device then has of the array with its counterparts in the others.
+
+    Args:
+        op: its kind.
+        size: bytes of the whole array on one device.
+        axes: of the mesh.
+        mesh: its sizes.
+        topology: the devices.
+        group: devices that take part together; None: all along the axes.
+        between_slices: it is the second part alone.
+    """
+    slices = topology.slices if "replica" in axes else 1
+    group = group or mesh.shards(axes)
+    if group * slices <= mesh.shards(axes) and not between_slices:
+        slices = 1  # it is the first part alone
+    inside = group // slices
+    seconds = 0.0
+    if inside > 1:
+        route = find_route(axes, mesh, topology)
+        if route is None:
+            return None
+        seconds = wire_bytes(op, size, inside) / route.bytes_per_s + route.hops * _HOP_S
+    if slices > 1:
+        network = topology.interconnect.network_bytes_per_s
+        if network is None:
+            return None
+        seconds += wire_bytes(op, size / inside, slices) / network
+    return seconds
 
 
 def find_route(axes: Axes, mesh: MeshConfig, topology: Topology) -> Route | None:
-    """Returns what joins the devices along `axes`; None where nothing is known of the links."""
+    """Returns what joins the devices along `axes`, of tori those of one slice.
+
+    None where nothing is known of the links.
+    """
     if topology.interconnect.link_bytes_per_s is None:
         return None
     return _torus(axes, mesh, topology) if topology.chips else _hosts(axes, mesh, topology)

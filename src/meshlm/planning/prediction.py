@@ -82,6 +82,8 @@ def _from_compiled(setup: Setup, work: Work, compiled: Compiled, facts: DeviceFa
             count=found.count,
             of="activations" if set(found.axes) <= summed else "weights",
             overlapped=found.overlapped,
+            group=found.group_size,
+            between_slices=found.between_slices,
         )
         for found in compiled.collectives
     )
@@ -162,7 +164,15 @@ def _exchanges(
     by_axes: dict[str, float] = {}
     hidden_s = waited_s = 0.0
     for transfer in work.transfers:
-        one = transfer_s(transfer.op, transfer.bytes, transfer.axes, setup.mesh, topology)
+        one = transfer_s(
+            transfer.op,
+            transfer.bytes,
+            transfer.axes,
+            setup.mesh,
+            topology,
+            group=transfer.group,
+            between_slices=transfer.between_slices,
+        )
         seconds = transfer.count * (one or 0.0)
         name = _axes_name(transfer.axes)
         by_axes[name] = by_axes.get(name, 0.0) + seconds
@@ -206,6 +216,13 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
         lines.append("exchanges cost nothing here: no speed of the links is known")
     elif link is not None:
         lines.append(f"links of {link / 1e9:,.0f} GB/s each way")
+    if topology.slices > 1:
+        network = topology.interconnect.network_bytes_per_s
+        lines.append(
+            "exchanges between slices cost nothing here: no speed of their network is known"
+            if network is None
+            else f"{network / 1e9:,.3g} GB/s each way from a device to other slices"
+        )
     if facts.platform == "cpu":
         lines.append("peak and bandwidth were measured here, a moment ago")
     if facts.platform != "tpu":

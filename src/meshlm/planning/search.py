@@ -109,9 +109,11 @@ def describe_setup(setup: Setup) -> str:
 
 
 def _variants(setup: Setup, topology: Topology, sizes: Sequence[int]) -> Iterator[Setup]:
-    ways = itertools.product(RULES, _meshes(topology.num_devices), _REMATS, _parts(), sizes)
+    slices = topology.slices
+    meshes = _meshes(topology.num_devices, slices)
+    ways = itertools.product(RULES, meshes, _REMATS, _parts(), sizes)
     for sharding, mesh, remat, accumulate, batch_size in ways:
-        if not _makes_sense(sharding, mesh):
+        if not _makes_sense(sharding, mesh, slices):
             continue
         compute = dataclasses.replace(setup.step.compute, remat=remat)
         step = dataclasses.replace(setup.step, compute=compute, accumulate=accumulate)
@@ -125,28 +127,28 @@ def _variants(setup: Setup, topology: Topology, sizes: Sequence[int]) -> Iterato
         yield variant
 
 
-def _meshes(devices: int) -> Iterator[MeshConfig]:
-    """Every data x model, and replica x data, of so many devices."""
-    for size in range(1, devices + 1):
-        if devices % size == 0:
-            yield MeshConfig(data=devices // size, model=size)
+def _meshes(devices: int, slices: int) -> Iterator[MeshConfig]:
+    """Every data x model within a slice, and replica x data, of so many devices."""
+    for size in range(1, devices // slices + 1):
+        if devices // slices % size == 0:
+            yield MeshConfig(replica=slices, data=devices // slices // size, model=size)
             if size > 1:
-                yield MeshConfig(replica=size, data=devices // size)
+                yield MeshConfig(replica=slices * size, data=devices // slices // size)
 
 
 def _parts() -> Iterable[int]:
     return (2**power for power in range(_MOST_PARTS.bit_length()))
 
 
-def _makes_sense(sharding: str, mesh: MeshConfig) -> bool:
+def _makes_sense(sharding: str, mesh: MeshConfig, slices: int) -> bool:
     """False where other rules with the same mesh, or the same rules with another, are the same."""
     if sharding in ("data", "fsdp"):
-        return mesh.model == mesh.replica == 1
+        return mesh.model == 1 and mesh.replica == slices
     if sharding == "replica-fsdp":
         return mesh.model == 1 and mesh.replica > 1 and mesh.data > 1
     if sharding == "tensor":
-        return mesh.replica == 1 and mesh.model > 1
-    return mesh.replica == 1 and mesh.model > 1 and mesh.data > 1
+        return mesh.replica == slices and mesh.model > 1
+    return mesh.replica == slices and mesh.model > 1 and mesh.data > 1
 
 
 def _formula_plans(variants: Iterable[Setup], topology: Topology) -> Iterator[Plan]:

@@ -72,7 +72,9 @@ def _header(plan: Plan) -> str:
     return "\n".join(
         (
             f"{name_of(step.model)}: {count_params(step.model):,} parameters on "
-            f"{mesh.num_devices} x {topology.device_kind}" + (f" ({sheet})" if sheet else ""),
+            f"{mesh.num_devices} x {topology.device_kind}"
+            + (f" in {topology.slices} slices" if topology.slices > 1 else "")
+            + (f" ({sheet})" if sheet else ""),
             f"mesh replica {mesh.replica} x data {mesh.data} x model {mesh.model}, "
             f"{setup.sharding}; {setup.batch_size:,} sequences of {setup.seq_len:,} in "
             f"{step.accumulate} {_plural('part', step.accumulate)}: {setup.tokens:,} tokens a step",
@@ -119,7 +121,7 @@ def _exchanges(plan: Plan) -> str:
     """Exchanges of the same kind together, those with the most bytes first."""
     total: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for op, axes, size, count, group in _each(plan):
-        entry = total[op, "+".join(axes) or "?"]
+        entry = total[op, axes]
         entry[0] += count
         entry[1] += count * wire_bytes(op, size, group)
     if not total:
@@ -131,13 +133,15 @@ def _exchanges(plan: Plan) -> str:
     return _table(rows, left={0, 1})
 
 
-def _each(plan: Plan) -> Iterable[tuple[str, tuple[str, ...], float, float, int]]:
+def _each(plan: Plan) -> Iterable[tuple[str, str, float, float, int]]:
     if plan.compiled is not None and plan.compiled.fits:
         for c in plan.compiled.collectives:
-            yield c.op, c.axes, c.bytes, c.count, c.group_size
+            axes = "+".join(c.axes) or "?"
+            axes += " between slices" if c.between_slices else ""
+            yield c.op, axes, c.bytes, c.count, c.group_size
     else:
         for t in plan.work.transfers:
-            yield t.op, t.axes, t.bytes, t.count, plan.setup.mesh.shards(t.axes)
+            yield t.op, "+".join(t.axes), t.bytes, t.count, plan.setup.mesh.shards(t.axes)
 
 
 def _prediction(plan: Plan) -> str:

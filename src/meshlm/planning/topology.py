@@ -25,11 +25,14 @@ class Topology:
     """A number of devices of one kind, joined in one way."""
 
     name: str
-    """As it was asked for: v3:16x8, H100:64, here."""
+    """As it was asked for: v3:16x8, 2xv5e:16x16, H100:64, here."""
     device_kind: str
     num_devices: int
+    """Of all slices."""
+    slices: int = 1
+    """Tori of the same shape, which only the hosts' network joins."""
     chips: tuple[int, ...]
-    """The torus' shape; empty where there is none."""
+    """A torus' shape; empty where there is none."""
     wraps: tuple[bool, ...]
     """For each dim of the torus: are its ends joined?"""
     devices_per_chip: int
@@ -77,10 +80,16 @@ _CHIPS_OF_A_HOST = 4
 _GPUS_OF_A_HOST = 8
 _CUBE = 4
 _MOST_GPUS = 100_000
+_MOST_SLICES = 256
+# Devices of the first slice are numbered from here on, where there are several.
+_NUMBERS_OF_A_SLICE = 100_000
+_SLICES = re.compile(r"([1-9]\d{0,3})x(?=v)")
 
 
 def find_topology(name: str, dtype: str = "bfloat16") -> Topology:
-    """Returns the topology of a name: v3:16x8 (TPU chips), H100:64 (GPUs), here (this machine).
+    """Returns the topology of a name.
+
+    v3:16x8 (TPU chips), 2xv5e:16x16 (two slices of them), H100:64 (GPUs), here (this machine).
 
     Args:
         name: of the topology.
@@ -89,60 +98,76 @@ def find_topology(name: str, dtype: str = "bfloat16") -> Topology:
     Raises:
         UsageError: there is none.
     """
-    generation, _, shape = name.partition(":")
     if name == "here":
         return _here(dtype)
+    slices, generation, shape = _parts(name)
     if generation in _TORI:
-        return _torus(name, _TORI[generation], shape)
+        return _torus(name, _TORI[generation], shape, slices)
     if generation in _GPUS:
         return _gpus(name, _GPUS[generation], shape)
     raise UsageError(
-        f"--topology {name}: give chips as {', '.join(_TORI)} have them (v3:16x8, v5p:4x8x8), GPUs "
-        f"as {', '.join(_GPUS)} (H100:64), or here"
+        f"--topology {name}: give chips as {', '.join(_TORI)} have them (v3:16x8, v5p:4x8x8; "
+        f"2xv5e:16x16 for two slices), GPUs as {', '.join(_GPUS)} (H100:64), or here"
     )
 
 
+def _parts(name: str) -> tuple[int, str, str]:
+    """Returns (slices, generation, shape) of a name as 2xv5e:16x16."""
+    match = _SLICES.match(name)
+    generation, _, shape = name[match.end() if match else 0 :].partition(":")
+    return int(match.group(1)) if match else 1, generation, shape
+
+
 def check_devices(mesh: MeshConfig, topology: Topology) -> None:
-    """Raises UsageError where a mesh wants more devices than there are."""
-    wanted, there = mesh.num_devices, topology.num_devices
+    """Raises UsageError where a mesh wants more devices than there are, or not whole slices."""
+    wanted, there, slices = mesh.num_devices, topology.num_devices, topology.slices
     if wanted > there:
         raise UsageError(
             f"--mesh.* of {wanted} devices: {topology.name} has {there}: give a smaller mesh or a "
             "larger --topology"
         )
+    if slices > 1 and (wanted < there or mesh.replica % slices):
+        raise UsageError(
+            f"--mesh.replica {mesh.replica} of {wanted} devices: {topology.name} has {there} in "
+            f"{slices} slices, which only a network joins: use all, and a multiple of {slices}"
+        )
 
 
-def compiler_name(name: str) -> str:
-    """Returns what the compiler calls a topology of TPUs."""
-    generation, _, shape = name.partition(":")
-    return f"{_TORI[generation].compiler}:{shape}"
+def compiler_name(name: str) -> tuple[str, int]:
+    """Returns what the compiler calls a slice of TPUs, and the number of slices."""
+    slices, generation, shape = _parts(name)
+    return f"{_TORI[generation].compiler}:{shape}", slices
 
 
-def _torus(name: str, torus: _Torus, shape: str) -> Topology:
+def _torus(name: str, torus: _Torus, shape: str, slices: int) -> Topology:
     example = "x".join(["4"] * torus.dims)
     if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (torus.dims - 1), shape):
         raise UsageError(
             f"--topology {name}: give the chips of each of its {torus.dims} dims, as "
             f"{name.partition(':')[0]}:{example}"
         )
+    if slices > _MOST_SLICES:
+        raise UsageError(f"--topology {name}: give at most {_MOST_SLICES} slices")
     chips = tuple(int(size) for size in shape.split("x"))
     if math.prod(chips) > torus.most_chips:
         raise UsageError(
-            f"--topology {name} is {math.prod(chips):,} chips and a pod has "
+            f"--topology {name} is {math.prod(chips):,} chips a slice and a pod has "
             f"{torus.most_chips:,}: give fewer"
         )
     per_chip = devices_per_chip(torus.kind)
-    devices = math.prod(chips) * per_chip
+    in_slice = math.prod(chips) * per_chip
+    devices = slices * in_slice
     whole_cubes = all(size % _CUBE == 0 for size in chips)
     wraps = tuple(whole_cubes if torus.joined is None else size in torus.joined for size in chips)
     return Topology(
         name=name,
         device_kind=torus.kind,
         num_devices=devices,
+        slices=slices,
         chips=chips,
         wraps=wraps,
         devices_per_chip=per_chip,
-        devices_per_host=min(devices, _CHIPS_OF_A_HOST * per_chip),
+        devices_per_host=min(in_slice, _CHIPS_OF_A_HOST * per_chip),
         facts=facts_of(torus.kind, "tpu", devices),
         interconnect=interconnect_of(torus.kind),
         compiles=has_tpu_compiler(),
@@ -192,7 +217,8 @@ def axes_on_torus(topology: Topology, mesh: MeshConfig) -> dict[str, tuple[int, 
 
     The last number is that of cores in a chip: {"data": (8, 4, 1), "model": (2, 2, 2)} on a 2-D
     torus of v3 are 8 x 4 chips, and the 8 cores of 2 x 2 chips. It is what a run on such a slice
-    does with its devices; where fewer than all are used, the first ones are.
+    does with its devices; where fewer than all are used, the first ones are. Of several slices
+    `replica` has its places in each.
     """
     places = _places(topology)[: mesh.num_devices]
     placed = place_devices(tuple(getattr(mesh, axis) for axis in AXES), places)
@@ -202,7 +228,25 @@ def axes_on_torus(topology: Topology, mesh: MeshConfig) -> dict[str, tuple[int, 
 
 
 def _places(topology: Topology) -> list[Place]:
-    """Returns the devices in the order in which JAX has them: host by host, of 2 x 2 x 1 chips."""
+    """Returns the devices in the order in which JAX has them: slice by slice."""
+    places = _places_of_a_slice(topology)
+    if topology.slices == 1:
+        return places
+    hosts = 1 + places[-1].process_index
+    return [
+        dataclasses.replace(
+            place,
+            id=_NUMBERS_OF_A_SLICE * (index + 1) + place.id,
+            process_index=hosts * index + place.process_index,
+            slice_index=index,
+        )
+        for index in range(topology.slices)
+        for place in places
+    ]
+
+
+def _places_of_a_slice(topology: Topology) -> list[Place]:
+    """Returns the devices of one slice: host by host, of 2 x 2 x 1 chips."""
     x, y, z = (*topology.chips, 1)[:3]
     cores = topology.devices_per_chip
     hosts = itertools.product(range(z), range(-(-y // 2)), range(-(-x // 2)))

@@ -146,6 +146,10 @@ class Transfer:
     of: Literal["weights", "gradients", "activations"]
     overlapped: bool | None = None
     """It runs beside products; None where no compiled program tells."""
+    group: int | None = None
+    """Devices that take part together; None: all along the axes."""
+    between_slices: bool = False
+    """As in `Collective`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,12 +31,12 @@ def target_devices(name: str) -> list[Any]:
     # Only here: importing it is cheap, but nothing else may come to depend on it.
     from jax.experimental import topologies
 
-    generation = name.partition(":")[0]
+    slice_name, slices = compiler_name(name)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     # Without it each of the two cores of a v4 chip is a device, which they are in no real run.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=compiler_name(name), **options
-    )
+    if slice_name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"
+    found = topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options)
     return list(found.devices)
 
 
