@@ -18,14 +18,13 @@ MESHLM=${MESHLM:-meshlm} PORT=${PORT:-8476} SSH=${SSH:-ssh}
 # Quoted once more, for the shell on the hosts.
 printf -v arguments ' %q' "$@"
 
-folder=$(mktemp -d)
+folder=$(mktemp -d) || exit 1
 trap 'rm -r "$folder"' EXIT
 # What the hosts read ends when this script is told to stop, or is gone: then they stop too.
 mkfifo "$folder/input"
 exec 9<>"$folder/input" 8<"$folder/input"
 trap 'trap "" INT TERM; exec 9>&-' INT TERM  # once: to be told again changes nothing
 
-processes=()
 for index in "${!hosts[@]}"; do
     command="export JAX_COORDINATOR_ADDRESS=${hosts[0]}:$PORT JAX_NUM_PROCESSES=${#hosts[@]} JAX_PROCESS_ID=$index
         exec 3<&0
@@ -34,12 +33,10 @@ for index in "${!hosts[@]}"; do
         wait \$meshlm; code=\$?
         kill \$watch 2>/dev/null; exit \$code"
     echo 137 >"$folder/code-$index"  # of one that was killed
-    { $SSH "${hosts[index]}" "$command" <&8; echo $? >"$folder/code-$index"; } 9>&- &
-    processes+=($!)
+    # What is sent to the group of processes is for this script; the hosts hear of it from there.
+    { trap "" INT TERM; $SSH "${hosts[index]}" "$command" <&8; echo $? >"$folder/code-$index"; } 9>&- &
 done
 
-# A signal ends the waiting, not the process, and what `wait` then returns is not its exit code.
-for process in "${processes[@]}"; do
-    while kill -0 "$process" 2>/dev/null; do wait "$process"; done
-done
+# A signal ends the waiting, not what is waited for.
+while [ -n "$(jobs -pr)" ]; do wait; done
 exit "$(sort -n "$folder"/code-* | tail -n 1)"

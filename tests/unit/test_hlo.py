@@ -441,10 +441,15 @@ def test_an_exchange_between_slices_that_is_waited_for_at_once():
         ("ALL_REDUCE", "{1:8}x{0:15}", "all-reduce", 8, 256),
         ("ALL_GATHER", "{1,2,3}x{0:15}", "all-gather", 3, 3 * 256),
         ("REDUCE_SCATTER", "{1,3:4}x{0:15}", "reduce-scatter", 3, 256),
+        ("ALL_REDUCE", None, "all-reduce", 2, 256),
+        ("ALL_TO_ALL", None, "all-to-all", 2, 256),
+        ("ONE_TO_ONE", "{{100000->200000},{100003->200003}}", "collective-permute", 2, 256),
     ],
 )
 def test_kinds_of_exchanges_between_slices(kind, target, op, slices, size):
-    text = BETWEEN_SLICES.replace("ALL_REDUCE", kind).replace("{1,2}x{0:15}", target)
+    groups = "{{100000,100003,200000,200003},{300000,300003,400000,400003}}"
+    target = f'"{target}"' if target and "x" in target else target or groups
+    text = BETWEEN_SLICES.replace("ALL_REDUCE", kind).replace('"{1,2}x{0:15}"', target)
     (found,) = read_program(text, SIZES).collectives
     assert (found.op, found.group_size, found.bytes) == (op, slices, size)
 

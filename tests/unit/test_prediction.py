@@ -183,6 +183,11 @@ def test_exchanges_between_slices():
     options = {"axes": ("replica",), "mesh": mesh, "topology": four}
     inside = transfer_s("all-reduce", 1e9, **options, group=2)
     across = transfer_s("all-reduce", 5e8, **options, group=4, between_slices=True)
+    # As compiled: weights come from other slices in parts, gradients are summed there whole.
+    gather, scatter = (transfer_s(op, 1e9, **options) for op in ("all-gather", "reduce-scatter"))
+    assert scatter - gather == pytest.approx(5e8 * 3 / 4 / network)
+    # A permutation within slices is not the network's, whatever the size of the axis.
+    assert transfer_s("collective-permute", 1e9, **options, group=8) < 0.1 * across
     assert across == pytest.approx(2 * 5e8 * 3 / 4 / network)
     assert inside < 0.1 * across
     assert transfer_s("all-reduce", 1e9, **options) == pytest.approx(inside + across)
@@ -193,6 +198,26 @@ def test_a_network_that_is_not_known_is_told():
     found = predict(setup_of(sharding="replica-fsdp", replica=2, data=64, batch_size=128), v4)
     assert found.interconnect_s["replica"] == 0
     assert "no speed of their network is known" in " ".join(found.assumptions)
+    # The links within a slice are known all the same.
+    mesh = MeshConfig(replica=2, data=64)
+    both, within = (
+        transfer_s("all-gather", 1e9, axes, mesh, v4) for axes in (("replica", "data"), ("data",))
+    )
+    assert both == within > 0
+
+
+def test_a_slow_network_shows_where_there_is_nothing_to_hide_behind():
+    two = find_topology("2xv5e:16x16")
+    slow = dataclasses.replace(two.interconnect, network_bytes_per_s=3.125e6)
+    setup = setup_of(sharding="replica-fsdp", replica=2, data=256, batch_size=512)
+    fast, late = (
+        predict(setup, dataclasses.replace(two, interconnect=links))
+        for links in (two.interconnect, slow)
+    )
+    own = 4 * 6_050_882_784 / 256
+    # Biases and norms are whole on each device.
+    assert fast.interconnect_s["replica"] == pytest.approx(own / 3.125e9, rel=0.05)
+    assert late.step_s > own / 3.125e6 > 10 * fast.step_s
 
 
 def test_nothing_known_of_links_is_told():

@@ -204,6 +204,13 @@ def test_rules_are_part_of_what_a_compiled_function_is_remembered_by():
 @dataclasses.dataclass
 class Device:
     slice_index: int = 0
+    platform: str = "tpu"
+
+
+def test_hosts_of_gpus_are_no_slices():
+    """JAX gives the GPUs of each host a slice of their own."""
+    devices = [Device(i // 4, "gpu") for i in range(8)]
+    assert sharding.whole_mesh("fsdp", devices) == sharding.MeshConfig(data=8)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +225,7 @@ class Device:
         ("fsdp-tensor", 2, (2, 4, 1)),
         ("fsdp", 4, (4, 2, 1)),
         ("data", 2, (8, 1, 1)),
+        ("tensor", 2, (2, 1, 4)),
     ],
 )
 def test_the_mesh_of_all_devices(name, slices, wanted):

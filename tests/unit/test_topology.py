@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -121,6 +122,7 @@ def test_rings_are_where_a_dim_is_the_pods_or_cubes_are_whole(name, wraps):
         ("257xv5e:4x4", "at most 256 slices"),
         ("2xH100:8", "v3:16x8"),
         ("2xhere", "v3:16x8"),
+        ("1\u0662xv5e:4x4", "v3:16x8"),
     ],
 )
 def test_a_name_that_is_none_is_refused_in_one_line(name, hint):
@@ -187,6 +189,17 @@ def test_slices_are_split_by_replica():
 def test_slices_that_replica_does_not_divide_are_refused():
     with pytest.raises(UsageError, match=r"--mesh.replica 1: .* 2 slices.* multiple of 2"):
         place_devices((1, 16, 2), slices_of(2))
+
+
+def test_hosts_of_gpus_are_no_slices():
+    """JAX gives the GPUs of each host a slice of their own; any axis may lie over them."""
+    gpus = [
+        dataclasses.replace(place, platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+        for place in slices_of(2)
+    ]
+    placed = place_devices((1, 32, 1), gpus)
+    assert placed.shape == (1, 32, 1)
+    assert {device.id for device in placed.flat} == {device.id for device in gpus}
 
 
 def test_parts_of_slices_are_refused():

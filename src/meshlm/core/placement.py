@@ -35,7 +35,7 @@ def place_devices(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     Raises:
         UsageError: the first axis does not divide among the slices, or not all of each is used.
     """
-    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices = collections.Counter(map(slice_of, devices))
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if len(set(slices.values())) > 1:
@@ -54,6 +54,11 @@ def place_devices(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
         devices,
         allow_split_physical_axes=True,
     )
+
+
+def slice_of(device: Any) -> int:
+    """Returns the slice of TPUs that a device is in. (Of GPUs JAX counts each host as one.)"""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def extents(placed: np.ndarray) -> tuple[tuple[int, ...], ...]:

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from meshlm.core.errors import UsageError
-from meshlm.core.placement import place_devices
+from meshlm.core.placement import place_devices, slice_of
 
 AXES = ("replica", "data", "model")
 Axes = tuple[str, ...]
@@ -161,25 +161,23 @@ def make_mesh(
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-# The axis that takes all devices where a mesh is not given.
+# The axis that takes the devices of a slice where a mesh is not given.
 _WIDEST = {"data": "replica", "tensor": "model"}
 
 
 def whole_mesh(name: ShardingName, devices: Sequence[Any]) -> MeshConfig:
     """Returns the mesh of all these devices that rules are meant for (`mesh_of_all`)."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    return mesh_of_all(name, len(devices), slices)
+    return mesh_of_all(name, len(devices), len({slice_of(device) for device in devices}))
 
 
 def mesh_of_all(name: ShardingName, count: int, slices: int = 1) -> MeshConfig:
     """Returns the mesh of so many devices that rules are meant for.
 
-    Whole copies take the axis `replica`, tensor parallelism `model`; everything else takes `data`
+    Whole copies take the axis `replica`, tensor parallelism `model` and everything else `data`
     within each slice (devices with fast links among themselves), and `replica` the slices.
     """
-    if name in _WIDEST:
-        return MeshConfig(**{_WIDEST[name]: count})
-    return MeshConfig(replica=slices, data=count // slices)
+    sizes = {"replica": slices} | {_WIDEST.get(name, "data"): count // slices}
+    return MeshConfig(**sizes | ({"replica": count} if name == "data" else {}))
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:

@@ -213,6 +213,8 @@ def memory_bytes(instruction: Instruction, computation: Computation, text: Text)
         return float(target.bytes * ((source.space == 0) + (target.space == 0)))
     elif op in ("all-gather-start", "collective-permute-start"):
         operands = []  # the results hold them
+    elif op == "send":
+        return float(operands[0][0].bytes * _in_main(operands[0]))  # its result is its operand
     arrays = [array for group in [*operands, instruction.results] for array in group]
     return float(sum(array.bytes for array in arrays if array.space == 0))
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from meshlm.planning.hlo_text import Computation, Instruction
 
 _KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
-_TARGET = re.compile(r'_xla_megascale_target="\{([\d,:]*)\}x')
+# Whole slices as "{1,2}x{0:15}", or devices: {{100000,200000},...}, {{100000->200000},...}
+_TARGET = re.compile(r'_xla_megascale_target=(?:"\{([0-9,:]+)\}x|\{\{([0-9,>-]+)\})')
+_DEVICES_OF_A_SLICE = 100_000
 _NAME = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 
 
@@ -29,8 +31,13 @@ def exchange_of(send: Instruction) -> tuple[str, int]:
     kind, target = _KIND.search(send.attributes), _TARGET.search(send.attributes)
     if kind is None or target is None:
         raise ValueError(f"an exchange between slices that cannot be read: {send.attributes[:300]}")
-    slices = sum(map(_count, target.group(1).split(",")))
-    return kind.group(1).lower().replace("_", "-"), slices
+    slices, devices = target.groups()
+    if slices is not None:
+        count = sum(map(_count, slices.split(",")))
+    else:
+        count = len({int(n) // _DEVICES_OF_A_SLICE for n in re.findall("[0-9]+", devices)})
+    op = kind.group(1).lower().replace("_", "-")
+    return {"one-to-one": "collective-permute"}.get(op, op), count
 
 
 def _count(part: str) -> int:

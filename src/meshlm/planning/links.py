@@ -36,7 +36,8 @@ def transfer_s(
     """Returns the seconds of one exchange over mesh axes; None where the links are not known.
 
     Over several slices it has two parts, as the compiler makes them: within each over its links,
-    and of what each device then has of the array with its counterparts in the others.
+    and of what each device then has of the array with its counterparts in the others. Where the
+    network between slices is not known, the second part costs nothing.
 
     Args:
         op: its kind.
@@ -44,25 +45,25 @@ def transfer_s(
         axes: of the mesh.
         mesh: its sizes.
         topology: the devices.
-        group: devices that take part together; None: all along the axes.
-        between_slices: it is the second part alone.
+        group: devices that take part together in one of the parts; None: in both, all along `axes`.
+        between_slices: the group is the second part's.
     """
-    slices = topology.slices if "replica" in axes else 1
-    group = group or mesh.shards(axes)
-    if group * slices <= mesh.shards(axes) and not between_slices:
-        slices = 1  # it is the first part alone
-    inside = group // slices
+    inside, slices = group or mesh.shards(axes), 1
+    if between_slices:
+        inside, slices = 1, inside
+    elif group is None and "replica" in axes:
+        inside, slices = inside // topology.slices, topology.slices
     seconds = 0.0
     if inside > 1:
         route = find_route(axes, mesh, topology)
         if route is None:
             return None
         seconds = wire_bytes(op, size, inside) / route.bytes_per_s + route.hops * _HOP_S
-    if slices > 1:
-        network = topology.interconnect.network_bytes_per_s
-        if network is None:
-            return None
-        seconds += wire_bytes(op, size / inside, slices) / network
+    network = topology.interconnect.network_bytes_per_s
+    if slices > 1 and network is not None:
+        # The compiler scatters within slices only.
+        between = "all-reduce" if op == "reduce-scatter" else op
+        seconds += wire_bytes(between, size / inside, slices) / network
     return seconds
 
 

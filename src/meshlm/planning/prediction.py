@@ -176,21 +176,25 @@ def _exchanges(
         seconds = transfer.count * (one or 0.0)
         name = _axes_name(transfer.axes)
         by_axes[name] = by_axes.get(name, 0.0) + seconds
-        if _is_hidden(transfer, topology.facts):
+        if _is_hidden(transfer, topology):
             hidden_s += seconds
         else:
             waited_s += seconds
     return by_axes, hidden_s, waited_s
 
 
-def _is_hidden(transfer: Transfer, facts: DeviceFacts) -> bool:
+def _is_hidden(transfer: Transfer, topology: Topology) -> bool:
     """True where an exchange runs beside products: the compiled program says which.
 
     By formula, as programs come out where nobody sets the compiler's flags: those for v2 and v3
-    wait for every exchange, those of later TPUs for all but the gathering of weights.
+    wait for every exchange, those of later TPUs for all but the gathering of weights. What only
+    goes between slices does so beside products on all.
     """
+    facts = topology.facts
     if transfer.overlapped is not None:
         return transfer.overlapped
+    if topology.slices > 1 and transfer.axes == ("replica",):
+        return True
     if facts.platform == "tpu":
         return transfer.of == "weights" and facts.kind not in ("TPU v2", "TPU v3")
     return transfer.of != "activations"

@@ -83,7 +83,7 @@ _MOST_GPUS = 100_000
 _MOST_SLICES = 256
 # Devices of the first slice are numbered from here on, where there are several.
 _NUMBERS_OF_A_SLICE = 100_000
-_SLICES = re.compile(r"([1-9]\d{0,3})x(?=v)")
+_SLICES = re.compile(r"([1-9][0-9]{0,3})x(?=v)")
 
 
 def find_topology(name: str, dtype: str = "bfloat16") -> Topology:
