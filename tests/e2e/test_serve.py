@@ -203,7 +203,7 @@ def test_headers_that_drip_are_cut(guarded, requests_before):
             with contextlib.suppress(TimeoutError):
                 assert connection.recv(100) == b""
                 break
-        assert 0.5 < time.monotonic() - begin < 10
+        assert 0.5 < time.monotonic() - begin < 3
 
 
 def test_a_body_that_drips_is_cut(guarded):
@@ -221,7 +221,7 @@ def test_a_body_that_drips_is_cut(guarded):
             with contextlib.suppress(ConnectionError):
                 connection.sendall(b" ")
         assert told.startswith(b"HTTP/1.1 408")
-        assert time.monotonic() - begin < 9
+        assert time.monotonic() - begin < 4
 
 
 def test_a_body_that_nobody_asked_for_is_cut(guarded):
@@ -235,7 +235,7 @@ def test_a_body_that_nobody_asked_for_is_cut(guarded):
                 connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
                 sent += 4096
         assert sent < 16 << 20
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 5
         assert answer(connection).startswith(b"HTTP/1.1 401")
 
 

@@ -121,8 +121,8 @@ def test_two_hundred_clients_that_give_up(slow, stream):
     assert len(answers) - len(patient) > 50
     begin = time.monotonic()
     assert slow.complete(max_tokens=2).status_code == 200
-    assert time.monotonic() - begin < 10
-    assert wait_until(lambda: idle(slow)) < 5
+    assert time.monotonic() - begin < 5
+    assert wait_until(lambda: idle(slow)) < 2
     adds_up(slow)
 
 
@@ -152,7 +152,7 @@ def test_a_client_that_goes_frees_its_slot(slow, stream, moment):
     assert wait_until(lambda: idle(slow), 2) < 1
     begin = time.monotonic()
     assert slow.complete(max_tokens=1).status_code == 200
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 1
 
 
 def raw(fields: dict) -> bytes:
@@ -257,8 +257,10 @@ def test_the_second_sigterm_ends_it_now(weights, compiled):
         server.send(signal.SIGTERM)
         wait_until(lambda: "stopping" in server.out)
         assert server.process.poll() is None
+        begin = time.monotonic()
         server.send(signal.SIGTERM)
         assert server.wait_exit(5) == -signal.SIGTERM
+        assert time.monotonic() - begin < 1
         stream.join()
         assert stream.error is not None
 

@@ -373,8 +373,8 @@ def test_an_exchange_beside_products_counts_once():
     assert program.flops == 2 * 8 * 64 * 64
 
 
-# Sums between slices, in a loop: begun, and waited for after a product, or at once.
-BETWEEN_SLICES = """
+# A loop over (counter, x, end): LINES make %y, the next x. The counter goes from 4 to 28.
+LOOP = """
 %body (s: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {
   %s = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
@@ -382,19 +382,8 @@ BETWEEN_SLICES = """
   %end = s32[]{:T(128)} get-tuple-element(%s), index=2
   %one = s32[]{:T(128)} constant(1)
   %next = s32[]{:T(128)} add(%i, %one)
-  %go = token[] after-all()
-  %send.1 = (f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %go), channel_id=4, \
-is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
-,_xla_host_transfer_rendezvous="all-reduce.67_0",_xla_megascale_reduce_operation="SUM",\
-_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}, \
-metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
-  %recv.1 = (f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%go), channel_id=3, \
-is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.67_0"}
-  %y = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf
-  %recv-done.1 = (f32[8,8]{1,0:T(8,128)}, token[]) recv-done(%recv.1), channel_id=3
-  %send-done.1 = token[] send-done(%send.1), channel_id=4
-  %summed = f32[8,8]{1,0:T(8,128)} get-tuple-element(%recv-done.1), index=0
-  ROOT %t = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%next, %summed, %end)
+LINES
+  ROOT %t = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%next, %y, %end)
 }
 
 %condition (s: (s32[], f32[8,8], s32[])) -> pred[] {
@@ -406,7 +395,7 @@ is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-r
 
 ENTRY %main (x: f32[8,8]) -> f32[8,8] {
   %x.1 = f32[8,8]{1,0:T(8,128)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
+  %zero = s32[]{:T(128)} constant(4)
   %trips = s32[]{:T(128)} constant(28)
   %start = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) \
 tuple(%zero, %x.1, /*index=2*/%trips)
@@ -415,7 +404,31 @@ condition=%condition, body=%body
   ROOT %found = f32[8,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
 }
 """
-MULTIPLY = "  %y = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf\n"
+MULTIPLY = "  %product = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf\n"
+
+
+def looped(lines: str) -> str:
+    return LOOP.replace("LINES\n", lines)
+
+
+# Sums between slices: begun, and waited for after a product.
+SEND = """\
+  %send.1 = (f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %go), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
+,_xla_host_transfer_rendezvous="all-reduce.67_0",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}, \
+metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
+"""
+RECEIVE = """\
+  %recv.1 = (f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%go), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.67_0"}
+"""
+WAIT = """\
+  %recv-done.1 = (f32[8,8]{1,0:T(8,128)}, token[]) recv-done(%recv.1), channel_id=3
+  %y = f32[8,8]{1,0:T(8,128)} get-tuple-element(%recv-done.1), index=0
+"""
+GO = "  %go = token[] after-all()\n"
+BETWEEN_SLICES = looped(GO + SEND + RECEIVE + MULTIPLY + WAIT)
 
 
 def test_exchanges_between_slices():
@@ -423,14 +436,16 @@ def test_exchanges_between_slices():
     (found,) = program.collectives
     assert found.between_slices
     assert (found.op, found.axes, found.group_size) == ("all-reduce", ("replica",), 2)
-    assert (found.bytes, found.count, found.dtype) == (8 * 8 * 4, 28, "f32")
+    assert (found.bytes, found.count, found.dtype) == (8 * 8 * 4, 24, "f32")
     assert (found.where, found.overlapped) == ("backward", True)
-    assert program.flops == 28 * 2 * 8**3
+    assert program.flops == 24 * 2 * 8**3
+    # The hosts read what is sent, and its buffer is no copy.
+    without = read_program(looped(GO + RECEIVE + MULTIPLY + WAIT), SIZES)
+    assert program.bytes_accessed - without.bytes_accessed == 24 * 8 * 8 * 4
 
 
 def test_an_exchange_between_slices_that_is_waited_for_at_once():
-    text = BETWEEN_SLICES.replace(MULTIPLY, "")
-    text = text.replace("  %send-done.1 =", MULTIPLY + "  %send-done.1 =")
+    text = looped(GO + SEND + RECEIVE + WAIT + MULTIPLY)
     (found,) = read_program(text, SIZES).collectives
     assert not found.overlapped
 
@@ -470,36 +485,7 @@ def test_memory_on_the_chip_is_no_traffic():
 
 def test_a_loop_of_a_tpu_without_stated_trips():
     """The counter's end is a constant that the loop carries along."""
-    text = """
-%body (s: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {
-  %s = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
-  %x = f32[8,8]{1,0:T(8,128)} get-tuple-element(%s), index=1
-  %end = s32[]{:T(128)} get-tuple-element(%s), index=2
-  %one = s32[]{:T(128)} constant(1)
-  %next = s32[]{:T(128)} add(%i, %one)
-  %y = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf
-  ROOT %t = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%next, %y, %end)
-}
-
-%condition (s: (s32[], f32[8,8], s32[])) -> pred[] {
-  %s.1 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
-  %end.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=2
-  ROOT %lt = pred[]{:T(128)} compare(%i.1, %end.1), direction=LT
-}
-
-ENTRY %main (x: f32[8,8]) -> f32[8,8] {
-  %x.1 = f32[8,8]{1,0:T(8,128)} parameter(0)
-  %zero = s32[]{:T(128)} constant(4)
-  %trips = s32[]{:T(128)} constant(28)
-  %start = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) \
-tuple(%zero, %x.1, /*index=2*/%trips)
-  %loop = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) while(%start), \
-condition=%condition, body=%body
-  ROOT %found = f32[8,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
-}
-"""
+    text = looped(MULTIPLY.replace("%product", "%y"))
     assert read_program(text, SIZES).flops == 24 * 2 * 8**3
 
 

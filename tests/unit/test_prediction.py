@@ -217,6 +217,8 @@ def test_a_slow_network_shows_where_there_is_nothing_to_hide_behind():
     own = 4 * 6_050_882_784 / 256
     # Biases and norms are whole on each device.
     assert fast.interconnect_s["replica"] == pytest.approx(own / 3.125e9, rel=0.05)
+    alone = predict(setup_of(sharding="fsdp", data=256, batch_size=256), find_topology("v5e:16x16"))
+    assert fast.step_s == pytest.approx(alone.step_s)  # it hides
     assert late.step_s > own / 3.125e6 > 10 * fast.step_s
 
 

@@ -94,7 +94,7 @@ def test_a_port_that_is_taken_is_told_at_once():
         began_s = time.monotonic()
         with pytest.raises(BusyError, match=f"port {port} cannot be had") as caught:
             call_roll(f"127.0.0.1:{port}", 0, 2, 60)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 1
     assert caught.value.exit_code == 4
 
 
@@ -144,7 +144,7 @@ def test_silent_strangers_hold_nobody_up():
             stranger.sendall(words)
         began_s = time.monotonic()
         call_roll(address, 1, 2, 20)
-        assert time.monotonic() - began_s < 4
+        assert time.monotonic() - began_s < 2
         first.join(20)
         with socket.create_server(split_address(address)):  # JAX's turn
             pass

@@ -161,7 +161,7 @@ def test_damage_is_one_line_at_once(why, tmp_path):
     start = time.monotonic()
     with pytest.raises(BadInputError) as caught:
         open_tensors(path)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 1
     message = str(caught.value)
     assert str(path) in message
     assert why.strip() in message

@@ -161,10 +161,6 @@ def make_mesh(
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-# The axis that takes the devices of a slice where a mesh is not given.
-_WIDEST = {"data": "replica", "tensor": "model"}
-
-
 def whole_mesh(name: ShardingName, devices: Sequence[Any]) -> MeshConfig:
     """Returns the mesh of all these devices that rules are meant for (`mesh_of_all`)."""
     return mesh_of_all(name, len(devices), len({slice_of(device) for device in devices}))
@@ -176,8 +172,10 @@ def mesh_of_all(name: ShardingName, count: int, slices: int = 1) -> MeshConfig:
     Whole copies take the axis `replica`, tensor parallelism `model` and everything else `data`
     within each slice (devices with fast links among themselves), and `replica` the slices.
     """
-    sizes = {"replica": slices} | {_WIDEST.get(name, "data"): count // slices}
-    return MeshConfig(**sizes | ({"replica": count} if name == "data" else {}))
+    if name == "data":
+        return MeshConfig(replica=count)
+    within = "model" if name == "tensor" else "data"
+    return MeshConfig(replica=slices, **{within: count // slices})
 
 
 def partition(*dims: str | None, sizes: Mapping[str, int], gathered: bool = False) -> PartitionSpec:

@@ -239,7 +239,7 @@ def _on_slices(run: PublishedRun, slices: int, mfu: float) -> PublishedRun:
     """Returns the run with a copy of its weights in each of several slices."""
     return dataclasses.replace(
         run,
-        source="MaxText, README.md",
+        source="AI-Hypercomputer/maxtext, README.md",
         topology=f"{slices}x{run.topology}",
         mfu=mfu,
         mesh=dataclasses.replace(run.mesh, replica=slices),

@@ -214,6 +214,7 @@ class _Reader:
         """Programs for several slices hand such an exchange to the hosts and take back its end."""
         op, slices = exchange_of(send)
         (array, *_), *_ = operands_of(send, computation)
+        # The first axis takes the slices (core/placement.py).
         return Collective(
             op=op,
             axes=tuple(self.sizes)[:1],

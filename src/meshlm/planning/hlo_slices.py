@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from meshlm.planning.hlo_text import Computation, Instruction
 
+# Where there are several slices, the devices of the first are numbered from here on, and so forth.
+NUMBERS_OF_A_SLICE = 100_000
 _KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 # Whole slices as "{1,2}x{0:15}", or devices: {{100000,200000},...}, {{100000->200000},...}
 _TARGET = re.compile(r'_xla_megascale_target=(?:"\{([0-9,:]+)\}x|\{\{([0-9,>-]+)\})')
-_DEVICES_OF_A_SLICE = 100_000
 _NAME = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 
 
@@ -35,7 +36,7 @@ def exchange_of(send: Instruction) -> tuple[str, int]:
     if slices is not None:
         count = sum(map(_count, slices.split(",")))
     else:
-        count = len({int(n) // _DEVICES_OF_A_SLICE for n in re.findall("[0-9]+", devices)})
+        count = len({int(n) // NUMBERS_OF_A_SLICE for n in re.findall("[0-9]+", devices)})
     op = kind.group(1).lower().replace("_", "-")
     return {"one-to-one": "collective-permute"}.get(op, op), count
 

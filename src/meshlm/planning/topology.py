@@ -17,6 +17,7 @@ from meshlm.core.platform import (
     interconnect_of,
 )
 from meshlm.core.sharding import AXES, MeshConfig
+from meshlm.planning.hlo_slices import NUMBERS_OF_A_SLICE
 from meshlm.planning.measuring import measured_cpu
 
 
@@ -81,8 +82,6 @@ _GPUS_OF_A_HOST = 8
 _CUBE = 4
 _MOST_GPUS = 100_000
 _MOST_SLICES = 256
-# Devices of the first slice are numbered from here on, where there are several.
-_NUMBERS_OF_A_SLICE = 100_000
 _SLICES = re.compile(r"([1-9][0-9]{0,3})x(?=v)")
 
 
@@ -236,7 +235,7 @@ def _places(topology: Topology) -> list[Place]:
     return [
         dataclasses.replace(
             place,
-            id=_NUMBERS_OF_A_SLICE * (index + 1) + place.id,
+            id=NUMBERS_OF_A_SLICE * (index + 1) + place.id,
             process_index=hosts * index + place.process_index,
             slice_index=index,
         )
