@@ -201,6 +201,21 @@ def test_no_run_ends_for_want_of_a_plan(monkeypatch):
     assert checking.check_here(POD).plan is None
 
 
+def test_exchanges_between_slices_have_a_row_of_their_own(compiled):
+    (within,) = FOUND.collectives
+    within = dataclasses.replace(within, axes=("replica",), group_size=2)
+    between = dataclasses.replace(within, between_slices=True, count=1)
+    compiled(dataclasses.replace(FOUND, collectives=(within, between)))
+    two = dataclasses.replace(find_topology("2xv3:16x8"), compiles=True)
+    setup = setup_of(sharding="replica-fsdp", replica=4, data=128)
+    rows = [line.split("  ") for line in render_plan(make_plan(setup, two)).splitlines()]
+    rows = [[cell.strip() for cell in row if cell] for row in rows if row[0] == "all-reduce"]
+    assert [row[1:] for row in rows] == [
+        ["replica", "224", "15.032 GB"],
+        ["replica between slices", "1", "0.067 GB"],
+    ]
+
+
 def test_words(compiled):
     compiled(FOUND)
     text = render_plan(make_plan(POD, dataclasses.replace(V3, compiles=True)))

@@ -303,6 +303,33 @@ def test_the_compiled_step_replaces_the_formulas():
     assert predict(POD, V3, Compiled(fits=False)).step_s == by_formula.step_s
 
 
+def test_what_the_compiler_says_of_slices_is_timed_part_by_part():
+    four = find_topology("4xv5e:16x16")
+    setup = setup_of(sharding="replica-fsdp", replica=8, data=128, batch_size=1024)
+    within, between = (
+        Collective(
+            op="all-reduce",
+            axes=("replica",),
+            dtype="f32",
+            bytes=10**9,
+            count=1,
+            group_size=size,
+            where="update",
+            between_slices=size == 4,
+        )
+        for size in (2, 4)
+    )
+
+    def seconds(*collectives: Collective) -> float:
+        compiled = Compiled(fits=True, flops=1e12, collectives=collectives)
+        return predict(setup, four, compiled).interconnect_s["replica"]
+
+    alone = find_route(("replica",), setup.mesh, four).bytes_per_s
+    assert seconds(within) == pytest.approx(1e9 / alone, rel=0.01)
+    assert seconds(between) == pytest.approx(2 * 1e9 * 3 / 4 / 3.125e9)
+    assert seconds(within, between) == pytest.approx(seconds(within) + seconds(between))
+
+
 def test_a_kernels_flops_are_the_formulas():
     v5e = find_topology("v5e:16x16")
     setup = setup_of(attention="splash", data=256, sharding="fsdp")

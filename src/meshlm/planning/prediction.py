@@ -187,16 +187,16 @@ def _is_hidden(transfer: Transfer, topology: Topology) -> bool:
     """True where an exchange runs beside products: the compiled program says which.
 
     By formula, as programs come out where nobody sets the compiler's flags: those for v2 and v3
-    wait for every exchange, those of later TPUs for all but the gathering of weights. What only
-    goes between slices does so beside products on all.
+    wait for every exchange, those of later TPUs for all but the gathering of weights and the sums
+    of gradients between slices.
     """
     facts = topology.facts
     if transfer.overlapped is not None:
         return transfer.overlapped
-    if topology.slices > 1 and transfer.axes == ("replica",):
-        return True
     if facts.platform == "tpu":
-        return transfer.of == "weights" and facts.kind not in ("TPU v2", "TPU v3")
+        between_slices = topology.slices > 1 and transfer.axes == ("replica",)
+        beside = transfer.of == "weights" or between_slices
+        return beside and facts.kind not in ("TPU v2", "TPU v3")
     return transfer.of != "activations"
 
 
@@ -213,7 +213,7 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
         f"products at {PRODUCT_EFFICIENCY:.0%} of {peak / 1e12:,.1f} TFLOP/s a device",
         f"memory at {bandwidth / 1e9:,.0f} GB/s",
         "exchanges hide behind products where the compiler overlaps them: "
-        + ("as compiled" if from_compiler else _overlaps(facts)),
+        + ("as compiled" if from_compiler else _overlaps(topology)),
     ]
     link = topology.interconnect.link_bytes_per_s
     if link is None and topology.num_devices > 1:
@@ -234,7 +234,10 @@ def _assumptions(topology: Topology, from_compiler: bool) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _overlaps(facts: DeviceFacts) -> str:
+def _overlaps(topology: Topology) -> str:
+    facts = topology.facts
     if facts.platform != "tpu":
         return "those of weights and gradients"
-    return "none on v2 and v3" if facts.kind in ("TPU v2", "TPU v3") else "those of weights"
+    if facts.kind in ("TPU v2", "TPU v3"):
+        return "none on v2 and v3"
+    return "those of weights" + (" and between slices" if topology.slices > 1 else "")
