@@ -3,11 +3,12 @@
 import contextlib
 import fcntl
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from meshlm.core.files import sync_folder
 
 MANIFEST_NAME = "manifest.json"
 ARRAYS_NAME = "arrays"
@@ -54,15 +55,6 @@ def latest_complete(folder: Path) -> Path | None:
     """The newest committed step's folder, or None. Its checksums are not looked at."""
     steps = complete_steps(folder)
     return step_path(folder, steps[-1]) if steps else None
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def publish(folder: Path, step: int, finished: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading, sync_folder
+from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading
 from meshlm.checkpoint.manifest import (
     ArrayInfo,
     FileInfo,
@@ -24,10 +24,10 @@ from meshlm.checkpoint.manifest import (
     check_file_names,
     hash_bytes,
     read_manifest,
-    write_file,
 )
 from meshlm.checkpoint.saving import MAX_CHUNK_BYTES, is_layer_stack, saving_context, seal
 from meshlm.core.errors import BadInputError
+from meshlm.core.files import sync_folder, write_new
 
 _STATE = "state"
 _SMALL_BYTES = 64 * 1024
@@ -174,13 +174,13 @@ def add_file(step_folder: Path, name: str, data: bytes) -> None:
     check_file_names([name])
     manifest = read_manifest(step_folder)
     info: FileInfo = hash_bytes(data)
-    write_file(step_folder / name, data)
+    write_new(step_folder / name, data)
     files = {**manifest.files, name: info}
     whole = Manifest(
         step=manifest.step, versions=manifest.versions, arrays=manifest.arrays, files=files
     )
     (step_folder / MANIFEST_NAME).unlink()
-    write_file(step_folder / MANIFEST_NAME, whole.to_json())
+    write_new(step_folder / MANIFEST_NAME, whole.to_json())
     sync_folder(step_folder)
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading, sync_folder
+from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.files import sync_folder
 
 FORMAT_NAME = "meshlm-checkpoint"
 FORMAT_VERSION = 1
@@ -104,14 +105,6 @@ def hash_files(folder: Path, *, sync: bool = False) -> dict[str, FileInfo]:
 def hash_bytes(data: bytes) -> FileInfo:
     """Length and SHA-256 of a file with these bytes."""
     return FileInfo(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a new file whose bytes are on disk when this returns; its name needs `sync_folder`."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_manifest(step_folder: Path) -> Manifest:

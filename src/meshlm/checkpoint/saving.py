@@ -29,7 +29,6 @@ from meshlm.checkpoint.folder import (
     remove_tree,
     saving_path,
     steps_in,
-    sync_folder,
 )
 from meshlm.checkpoint.manifest import (
     ArrayInfo,
@@ -37,9 +36,9 @@ from meshlm.checkpoint.manifest import (
     check_file_names,
     hash_files,
     library_versions,
-    write_file,
 )
 from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.core.files import sync_folder, write_new
 from meshlm.core.processes import agree, heard, tell, together
 
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -301,7 +300,7 @@ def seal(
     """Writes the small files and, when all is on disk, the manifest that makes it a checkpoint."""
     failpoint("arrays-written")
     for name, data in files.items():
-        write_file(folder / name, data)
+        write_new(folder / name, data)
     manifest = Manifest(
         step=step,
         versions=library_versions(),
@@ -309,7 +308,7 @@ def seal(
         files=hash_files(folder, sync=True),
     )
     failpoint("before-manifest")
-    write_file(folder / MANIFEST_NAME, manifest.to_json())
+    write_new(folder / MANIFEST_NAME, manifest.to_json())
     sync_folder(folder)
 
 

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from meshlm.conversion.mtj_config import read_old_config
 from meshlm.conversion.mtj_recipe import differences, to_run_config
+from meshlm.core import files
 from meshlm.core.config import to_json
 from meshlm.core.errors import UsageError
 
@@ -35,8 +36,7 @@ def run(config: Config) -> None:
         print(content.decode(), end="")
     else:
         try:
-            with open(config.out, "xb") as file:
-                file.write(content)
+            files.write_new(config.out, content)
         except FileExistsError:
             raise UsageError(f"--out {config.out} is there already: give another name") from None
         except (FileNotFoundError, NotADirectoryError):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from meshlm.checkpoint import add_file
-from meshlm.checkpoint.manifest import write_file
 from meshlm.conversion import certificate as certificates
 from meshlm.conversion.certificate import CERTIFICATE_FILE, Certificate, RawTensor
 from meshlm.conversion.destination import Destination
@@ -35,6 +34,7 @@ from meshlm.conversion.tensors import (
     row_blocks,
     stacked_name,
 )
+from meshlm.core import files
 from meshlm.core.errors import BadInputError, MeshLMError
 
 OnProgress = Callable[[str, int, int], None]
@@ -83,7 +83,7 @@ def convert(
         if to == "meshlm":
             add_file(folder, CERTIFICATE_FILE, content)
         else:
-            write_file(folder / CERTIFICATE_FILE, content)
+            files.write_new(folder / CERTIFICATE_FILE, content)
     return result
 
 

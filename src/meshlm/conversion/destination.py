@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from meshlm.checkpoint.folder import remove_tree, sync_folder
+from meshlm.checkpoint.folder import remove_tree
 from meshlm.conversion.certificate import CERTIFICATE_FILE
 from meshlm.core.errors import UsageError
+from meshlm.core.files import open_folder, sync_folder
 
 _MARGIN = 1.05
 _FIXED_BYTES = 32 * 1024 * 1024
@@ -125,7 +126,7 @@ def _lock(folder: Path) -> int | None:
     A process id would not do: in a container the next process often has that of the killed one.
     """
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = open_folder(folder)
     except FileNotFoundError:
         return None
     try:

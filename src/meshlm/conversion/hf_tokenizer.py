@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshlm.conversion.hf_config import HfConfig, end_of_text_of, read_json
+from meshlm.core import files
 from meshlm.core.errors import BadInputError
 from meshlm.data.tokenizer import (
     END_OF_TEXT,
@@ -82,14 +83,14 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> l
     write_json(folder / _TOKENIZER_CONFIG, settings)
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / _VOCABULARY, vocabulary)
-    (folder / _MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    files.write_new(folder / _MERGES, "\n".join(["#version: 0.2", *merges, ""]).encode())
     return notes
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file for people to read too."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    files.write_new(path, f"{text}\n".encode())
 
 
 def end_of_text_id(tokenizer: Tokenizer | None, model: ModelConfig) -> int | None:

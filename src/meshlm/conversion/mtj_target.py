@@ -14,6 +14,7 @@ from meshlm.conversion.mtj_layout import STEP, Slot
 from meshlm.conversion.npz_writer import NpzWriter
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.tensors import Group, Part, PartKey, Target, TensorInfo
+from meshlm.core import files
 from meshlm.core.config import to_json
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
@@ -80,9 +81,9 @@ class MtjTarget(Target):
         self._write_counters_until(self._layout.num_leaves)
         self._writer.close()
         meta = {"step": self._step, "checkpoints": [self._step], "aux": {}}
-        (self._folder / META_NAME).write_bytes(to_json(meta))
+        files.write_new(self._folder / META_NAME, to_json(meta))
         config = config_of_model(self.model, self._shards)
-        (self._folder / "config.json").write_bytes(to_json(config))
+        files.write_new(self._folder / "config.json", to_json(config))
         if self._changed:
             first, others = self._changed[0], len(self._changed) - 1
             more = f" and {others} other tensors have" if others else " has"

@@ -8,13 +8,15 @@ from typing import Self
 import numpy as np
 
 from meshlm.conversion.npy import write_array
+from meshlm.core import files
 
 
 class NpzWriter:
     """A new file of arrays, as `np.savez` writes it; each is written as it is added."""
 
     def __init__(self, path: Path) -> None:
-        self._file = zipfile.ZipFile(path, "x")
+        self._target = files.create(path)
+        self._file = zipfile.ZipFile(self._target, "w")
         self._count = 0
 
     def add(self, array: np.ndarray) -> None:
@@ -27,6 +29,7 @@ class NpzWriter:
     def close(self) -> None:
         """Writes the directory; the file is whole after this."""
         self._file.close()
+        self._target.close()
 
     def __enter__(self) -> Self:
         return self

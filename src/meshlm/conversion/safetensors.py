@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from meshlm.conversion.tensors import TensorInfo
+from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
 
 # The format allows 100 MB. GPT-J 6B needs 40 kB; a hostile one takes 40 times its bytes to parse.
@@ -135,7 +136,7 @@ class TensorWriter:
         header, offsets = _make_header(infos, metadata)
         self._offsets = {name: len(header) + offset for name, offset in offsets.items()}
         self._missing = set(infos)
-        with path.open("xb") as file:
+        with files.create(path) as file:
             file.write(header)
 
     @property
@@ -152,7 +153,7 @@ class TensorWriter:
         """Writes a tensor from parts that make it up along its first dim, one after the other."""
         info, num_bytes = self._infos[name], 0
         self._missing.remove(name)
-        with self._path.open("r+b") as file:
+        with files.update(self._path) as file:
             file.seek(self._offsets[name])
             for part in parts:
                 assert part.dtype == info.dtype, name
@@ -164,7 +165,7 @@ class TensorWriter:
     def finish(self) -> None:
         """Returns when the whole file is on the disk."""
         assert self.is_whole, sorted(self._missing)
-        with self._path.open("r+b") as file:
+        with files.update(self._path) as file:
             os.fsync(file.fileno())
 
 

@@ -6,6 +6,7 @@ tokens are safely on disk by then. To go on is to add the lines up, cut the file
 follow, and read on at the position of the last line.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import BinaryIO, TypeVar
 import msgspec
 import numpy as np
 
+from meshlm.core import files
 from meshlm.core.errors import BadInputError, BusyError
 from meshlm.data.encode import Encoded, add_counts
 from meshlm.data.readers import Prefix
@@ -28,9 +30,7 @@ from meshlm.data.store import (
     Counts,
     SplitCounts,
     documents_file,
-    sync_folder,
     tokens_file,
-    write_durably,
 )
 
 JOURNAL = "journal.jsonl"
@@ -150,7 +150,7 @@ class Workspace:
     def __enter__(self) -> "Workspace":
         """Raises BusyError if another process makes this store."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path.parent, os.O_RDONLY)
+        self._lock = files.open_folder(self.path.parent)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -177,7 +177,7 @@ class Workspace:
         """Begins new work, throwing away what was here."""
         shutil.rmtree(self.path)
         self.path.mkdir()
-        write_durably(self.path / JOURNAL, msgspec.json.encode(plan) + b"\n")
+        files.replace(self.path / JOURNAL, msgspec.json.encode(plan) + b"\n")
 
     def read_totals(self) -> Totals:
         """What the work has made so far."""
@@ -220,15 +220,21 @@ class Appender:
         self._since = Totals(position=self.totals.position)
         self._files: dict[str, BinaryIO] = {}
         self._num_tokens: dict[str, int] = {}
-        for split, counts in split_counts(totals.sources).items():
-            self._open(folder / tokens_file(split), counts.num_tokens * dtype.itemsize)
-            self._open(folder / documents_file(split), counts.num_documents * 8)
-            self._num_tokens[split] = counts.num_tokens
-        self._journal = open(folder / JOURNAL, "r+b")  # noqa: SIM115 - closed by close()
-        whole = self._journal.read()
-        self._journal.seek(whole.rfind(b"\n") + 1)
-        self._journal.truncate()
-        sync_folder(folder)
+        with contextlib.ExitStack() as opened:
+            for split, counts in split_counts(totals.sources).items():
+                sizes = {
+                    tokens_file(split): counts.num_tokens * dtype.itemsize,
+                    documents_file(split): counts.num_documents * 8,
+                }
+                for name, size in sizes.items():
+                    self._files[name] = opened.enter_context(_open_cut(folder / name, size))
+                self._num_tokens[split] = counts.num_tokens
+            self._journal = opened.enter_context(files.update(folder / JOURNAL))
+            whole = self._journal.read()
+            self._journal.seek(whole.rfind(b"\n") + 1)
+            self._journal.truncate()
+            files.sync_folder(folder)
+            self._opened = opened.pop_all()
 
     def append(self, encoded: Encoded, totals: Totals) -> None:
         """Adds a batch: its tokens, and `totals`, which count it."""
@@ -254,14 +260,15 @@ class Appender:
 
     def close(self) -> None:
         """Closes the files; what was not flushed is made again next time."""
-        for file in [*self._files.values(), self._journal]:
-            file.close()
+        self._opened.close()
 
-    def _open(self, path: Path, size: int) -> None:
-        path.touch()
-        file = open(path, "r+b")  # noqa: SIM115 - closed by close()
-        self._files[path.name] = file
-        if file.seek(0, os.SEEK_END) < size:
-            raise BadInputError(f"{path}: shorter than its journal says: begin again with --force")
-        file.truncate(size)
-        file.seek(size)
+
+def _open_cut(path: Path, size: int) -> BinaryIO:
+    """Returns a growing file, cut to `size` bytes; what is written follows them."""
+    file = files.update(path, make=True)
+    if file.seek(0, os.SEEK_END) < size:
+        file.close()
+        raise BadInputError(f"{path}: shorter than its journal says: begin again with --force")
+    file.truncate(size)
+    file.seek(size)
+    return file

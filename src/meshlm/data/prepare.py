@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 from tyro.conf import Positional
 
+from meshlm.core import files
 from meshlm.core.errors import MeshLMError, StoppedError, UsageError
 from meshlm.data.batches import Batch, check_ended, read_batches
 from meshlm.data.display import Display
@@ -43,10 +44,8 @@ from meshlm.data.store import (
     documents_file,
     hash_file,
     parse_manifest,
-    sync_folder,
     token_dtype,
     tokens_file,
-    write_durably,
 )
 from meshlm.data.tokenizer import Tokenizer, from_json, load_tokenizer
 
@@ -145,7 +144,7 @@ def _make(
         if not ready.exists():
             work = _Preparation(config, inputs, workspace, console)
             manifest = work.run(plan, given, vocab_size)
-            write_durably(ready, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+            files.replace(ready, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
         return _publish(out, workspace)
 
 
@@ -162,7 +161,8 @@ def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is there; --out names a folder")
     known = {MANIFEST, TOKENIZER, UNFINISHED, *_DATA_FILES}
-    strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.exists() else []
+    names = [p.name for p in out.iterdir()] if out.exists() else []
+    strange = sorted(n for n in names if n not in known and not files.is_litter(n))
     if strange:
         raise UsageError(f"{out}: holds {strange[0]}; --out wants a folder of its own")
 
@@ -204,13 +204,13 @@ def _publish(out: Path, workspace: Workspace) -> Manifest:
     ready = workspace.path / MANIFEST
     manifest = parse_manifest(ready.read_bytes(), ready)
     (out / MANIFEST).unlink(missing_ok=True)
-    sync_folder(out)
+    files.sync_folder(out)
     for name in manifest.files:
         if (workspace.path / name).exists():
             os.replace(workspace.path / name, out / name)
-    sync_folder(out)
+    files.sync_folder(out)
     os.replace(ready, out / MANIFEST)
-    sync_folder(out)
+    files.sync_folder(out)
     workspace.remove()
     return manifest
 
@@ -255,7 +255,7 @@ class _Preparation:
             tokenizer = from_json(path.read_bytes())
         else:
             tokenizer = given or self._learn(vocab_size or 0)
-            write_durably(path, tokenizer.to_json())
+            files.replace(path, tokenizer.to_json())
         totals = self._encode(tokenizer)
         for note in self._judge.check_result(totals):
             self._note(note)

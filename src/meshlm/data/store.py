@@ -15,7 +15,6 @@ instead of a manifest. Readers refuse a version that is newer than theirs.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,26 +216,6 @@ def parse_manifest(data: bytes, name: Path) -> Manifest:
             raise
         raise _damaged(name, str(error)) from None
     return manifest
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Puts a file in place whole or not at all, and past a power failure once it returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def hash_file(path: str | Path) -> FileEntry:

@@ -7,8 +7,9 @@ import os
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import BinaryIO, Self
 
+from meshlm.core import files
 from meshlm.core.errors import BusyError
 
 LOCK_NAME = ".lock"
@@ -24,13 +25,18 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        """Raises: BusyError at once when another run holds the folder, naming its pid and host."""
+        """Takes the lock, and writes who has it.
+
+        Raises:
+            BusyError: at once when another run holds the folder, naming its pid and host.
+            UsageError: what has the lock's name is a link, a pipe or another thing that is no file.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(self._folder / LOCK_NAME, "a+", encoding="utf-8"))
+            file = stack.enter_context(files.update(self._folder / LOCK_NAME, make=True))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -39,7 +45,7 @@ class RunLock:
                     "stop that run or choose another --run"
                 ) from None
             file.truncate(0)
-            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             file.flush()
             stack.pop_all()
             self._file = file
@@ -56,7 +62,7 @@ class RunLock:
             self._file = None
 
 
-def _holder(file: IO[str]) -> str:
+def _holder(file: BinaryIO) -> str:
     file.seek(0)
     try:
         content = json.loads(file.read(1000))

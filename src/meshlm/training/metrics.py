@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tensorboardX.proto.event_pb2 import (
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from meshlm.core import files
 from meshlm.core.errors import MeshLMError
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,9 +49,10 @@ class MetricsLog:
         first_step = 0 if resume_step is None else resume_step + 1
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.append(self.path).close()  # refuses what is no file before it is read
             _drop_lines_from(self.path, first_step)
             # Unbuffered, so that a failed write leaves nothing behind to fail again at close.
-            self._file = self.path.open("ab", buffering=0)
+            self._file = files.append(self.path)
         except OSError as error:
             raise self._write_error(error) from error
         self._tensorboard = _TensorBoard(self.path.parent / TENSORBOARD_FOLDER, first_step)
@@ -94,7 +95,7 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
     path = Path(run_folder) / METRICS_FILE
     if not path.exists():
         return []
-    parsed = (_parse_line(line) for line in path.read_bytes().split(b"\n"))
+    parsed = (_parse_line(line) for line in files.read(path).split(b"\n"))
     return [values for values in parsed if values is not None]
 
 
@@ -121,17 +122,12 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
     """
     if not path.exists():
         return
-    before = path.read_bytes()
+    before = files.read(path)
     kept = [line for line in before.split(b"\n") if _is_kept(line, first_step)]
     after = b"".join(line + b"\n" for line in kept)
     if after == before:
         return
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(after)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    files.replace(path, after)
     dropped = sum(1 for line in before.split(b"\n") if line.strip()) - len(kept)
     _log.info("%s: dropped %d lines from step %d on", path, dropped, first_step)
 
@@ -175,7 +171,7 @@ class _TensorBoard:
             # TensorBoard reads files in the order of their names; a second may hold two runs.
             number = sum(1 for _ in folder.glob("events.*"))
             path = folder / f"events.out.tfevents.{int(time.time())}.{number:05d}"
-            self._writer = RecordWriter(str(path))
+            self._writer = _new_record_file(path)
             self._add(0, file_version="brain.Event:2")
             # Hides what earlier files hold of this step and later ones.
             self._add(first_step, session_log=SessionLog(status=SessionLog.START))
@@ -217,6 +213,12 @@ class _TensorBoard:
             error,
             METRICS_FILE,
         )
+
+
+def _new_record_file(path: Path) -> RecordWriter:
+    """Returns the writer of a new file. tensorboardX would open a link under its name too."""
+    with files.create(path) as file:
+        return RecordWriter(f"/proc/self/fd/{file.fileno()}")
 
 
 def _tensorboard_tag(key: str) -> str:

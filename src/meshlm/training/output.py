@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from meshlm.core.errors import UsageError
 from meshlm.core.processes import is_first
 from meshlm.training.metrics import MetricsLog, why_skipped
 from meshlm.training.progress import TrainingProgress
@@ -95,7 +96,7 @@ class RunOutput:
     def _write(self, what: str, write: Callable[[], object]) -> None:
         try:
             write()
-        except OSError as error:
+        except (OSError, UsageError) as error:
             if what not in self._unwritable:
                 _log.warning("%s cannot be written (%s): training goes on", what, error)
             self._unwritable.add(what)

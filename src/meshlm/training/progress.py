@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
 
+import io
 import logging
 import time
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from meshlm.core import files
 
 _SMOOTHING = 0.1
 _PLAIN_LINE_EVERY_S = 10.0
@@ -97,7 +100,15 @@ class TrainingProgress:
         return f"  {left_s / 60:,.1f} min left"
 
 
+class _LogFile(logging.StreamHandler[io.TextIOWrapper]):
+    """As `logging.FileHandler`, for a file that is open already."""
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
 def _file_handler(path: Path) -> logging.Handler:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(io.TextIOWrapper(files.append(path), encoding="utf-8", write_through=True))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     return handler

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from meshlm.checkpoint.manifest import library_versions
+from meshlm.core import files
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.core.platform import device_facts
@@ -35,7 +36,7 @@ def write_config(run: Path, record: RunConfig, options: TrainConfig) -> bytes:
         }
     )
     if is_first():
-        replace_file(run / CONFIG_FILE, content)
+        files.replace(run / CONFIG_FILE, content)
     return content
 
 
@@ -82,9 +83,11 @@ def read_config(run: Path) -> RunConfig | None:
         BadInputError: config.json is no run's.
     """
     path = run / CONFIG_FILE
-    if not path.exists():
+    try:
+        data = files.read(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return parse_config(path.read_bytes(), str(path))
+    return parse_config(data, str(path))
 
 
 def parse_config(data: bytes, where: str) -> RunConfig:
@@ -107,18 +110,11 @@ def write_samples(run: Path, step: int, samples: Sequence[tuple[str, str]]) -> N
     folder = run / SAMPLES_FOLDER
     folder.mkdir(exist_ok=True)
     content = [{"prompt": prompt, "text": text} for prompt, text in samples]
-    replace_file(folder / f"step_{step}.json", to_json({"step": step, "samples": content}))
+    files.replace(folder / f"step_{step}.json", to_json({"step": step, "samples": content}))
 
 
 def add_incident(run: Path, step: int, kind: str, message: str) -> None:
     """Appends one line to incidents.jsonl."""
     line = json.dumps({"step": step, "kind": kind, "message": message}) + "\n"
-    with (run / INCIDENTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(line)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with files.append(run / INCIDENTS_FILE) as file:
+        file.write(line.encode())

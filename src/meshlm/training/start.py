@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from meshlm.checkpoint.folder import ARRAYS_NAME
+from meshlm.core import files
 from meshlm.core.config import from_dict, to_dict
 from meshlm.core.errors import UsageError
 from meshlm.core.processes import share, together
@@ -46,7 +47,8 @@ def refuse_foreign_folder(run: Path) -> None:
         raise UsageError(f"--run {run} is a checkpoint: give the folder of its run")
     if (run / CONFIG_FILE).exists():
         return
-    others = sorted(p.name for p in run.iterdir() if p.name not in _BEFORE_CONFIG)
+    names = (p.name for p in run.iterdir())
+    others = sorted(n for n in names if n not in _BEFORE_CONFIG and not files.is_litter(n))
     if others:
         raise UsageError(
             f"--run {run} is no run and not empty (it holds {others[0]}): give another folder"
@@ -74,7 +76,7 @@ def _take_folder(config: TrainConfig, held: contextlib.ExitStack) -> str:
         resolve(config)  # so that a mistake leaves no folder behind
         _make_folder(config.run)
     held.enter_context(RunLock(config.run))
-    return (config.run / LOCK_NAME).read_text()
+    return files.read(config.run / LOCK_NAME).decode()
 
 
 def _find_folder(run: Path, holder: str) -> None:
@@ -82,7 +84,7 @@ def _find_folder(run: Path, holder: str) -> None:
     until_s, told = began_s + _FOLDER_TIMEOUT_S, False
     while True:
         with contextlib.suppress(OSError):
-            if (run / LOCK_NAME).read_text() == holder:
+            if files.read(run / LOCK_NAME).decode() == holder:
                 return
         if time.monotonic() > until_s:
             raise UsageError(

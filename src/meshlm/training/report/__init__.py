@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from meshlm.core import files
 from meshlm.training.report.page import page_html
 from meshlm.training.report.record import read_record
 
@@ -17,8 +18,6 @@ def write_report(run_folder: str | Path) -> Path:
     """
     folder = Path(run_folder)
     path = folder / REPORT_FILE
-    temporary = path.with_name(path.name + ".partial")
     # A sampled text may hold half a surrogate pair, which UTF-8 cannot.
-    temporary.write_bytes(page_html(read_record(folder)).encode("utf-8", "replace"))
-    temporary.replace(path)
+    files.replace(path, page_html(read_record(folder)).encode("utf-8", "replace"))
     return path

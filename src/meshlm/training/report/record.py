@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from meshlm.core import files
+from meshlm.core.errors import UsageError
 from meshlm.training.metrics import read_metrics, why_skipped
 from meshlm.training.report.chart import Point
 
@@ -120,7 +122,7 @@ def _as_mapping(value: object) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(files.read(path))
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -148,8 +150,8 @@ def _skipped_steps(lines: Sequence[Mapping[str, Any]]) -> Iterator[Incident]:
 
 def _read_incidents(path: Path) -> Iterator[Incident]:
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
+        lines = files.read(path).splitlines()
+    except (OSError, UsageError):
         return
     for line in lines:
         try:
