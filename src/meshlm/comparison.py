@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from meshlm.api import Model, load
 from meshlm.conversion.certificate import spread_tokens
 from meshlm.conversion.mtj import is_mtj
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.generation.profiles import Dtype, Profile
 
 # Prose, code, figures and other scripts: what a model meets.
@@ -83,7 +83,7 @@ def compare(one: Side, other: Side, text: str | None = None, length: int = 256) 
 
     Raises:
         UsageError: the models have no vocabulary in common, or the text is too short.
-        BadInputError: a checkpoint cannot be read.
+        BadInputError: a checkpoint cannot be read, or its logits are NaN or infinite.
     """
     sides = (one, other)
     if any(side.config for side in sides) and not any(is_mtj(side.path) for side in sides):
@@ -92,7 +92,7 @@ def compare(one: Side, other: Side, text: str | None = None, length: int = 256) 
         )
     first = one.load()
     tokens = _tokens(first, text, length)
-    logits = first.logits(tokens)[0]
+    logits = _finite_logits(first, one, tokens)
     rows = first.config.vocab_size
     del first
     second = other.load()
@@ -106,7 +106,21 @@ def compare(one: Side, other: Side, text: str | None = None, length: int = 256) 
             f"{tokens.shape[1]} tokens do not fit the context of {other.path}: give "
             f"--length {second.config.context_length}"
         )
-    return measure(logits, second.logits(tokens)[0])
+    return measure(logits, _finite_logits(second, other, tokens))
+
+
+def _finite_logits(model: Model, side: Side, tokens: np.ndarray) -> np.ndarray:
+    """Returns a model's logits [T, V]; raises BadInputError where some are NaN or infinite."""
+    logits_TV = model.logits(tokens)[0]
+    bad = np.argwhere(~np.isfinite(logits_TV))
+    if bad.size:
+        position, token = bad[0]
+        raise BadInputError(
+            f"{side.path} ({side.profile}, {side.dtype or 'as stored'}): {len(bad):,} of its "
+            f"{logits_TV.size:,} logits are NaN or infinite, the first at position {position}, "
+            f"token {token}, though its weights are finite: there is nothing to compare"
+        )
+    return logits_TV
 
 
 def measure(one_TV: Float32[np.ndarray, "T V"], other_TV: Float32[np.ndarray, "T V"]) -> Distance:

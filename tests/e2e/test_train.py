@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from meshlm import checkpoint
-from meshlm.checkpoint import disk
+from meshlm.checkpoint import Checkpointer, disk
 from meshlm.training import loop
 from runs import SMALL, arrays, assert_same_run, lines, one_line, repeatable, wait_for_step
 
@@ -88,6 +88,23 @@ def test_killed_and_run_again(straight, cli, compiled, tmp_path):
     assert "resumed from" in done.stdout
     assert_same_run(run, undisturbed, STEPS)
     assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("straight", ["plain"], indirect=True)
+def test_a_run_does_not_go_on_from_nan(straight, cli, compiled, tmp_path):
+    options, undisturbed = straight
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    last = run / "checkpoints" / f"step_{STEPS}"
+    state, files = arrays(last), checkpoint.read_files(last)
+    state = {name: jnp.asarray(array) for name, array in state.items()}
+    state["params.blocks.query"] = state["params.blocks.query"].at[1, 0, 2, 3].set(jnp.nan)
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        checkpointer.save(STEPS, state, files)
+    done = cli(*options, "--steps", str(STEPS + 1), "--run", run, env=compiled)
+    assert done.returncode == 3
+    told = f"checkpoint {last}: array params.blocks.query: 1 NaN of "
+    assert one_line(done.stderr).startswith(told)
+    assert "first at [1, 0, 2, 3]" in done.stderr
 
 
 @QUICKLY_PLAIN

@@ -66,7 +66,8 @@ def run(config: Config) -> None:
     distance = compare(one, other, _text(config), config.length)
     if config.json:
         values = dataclasses.asdict(distance)
-        print(json.dumps(values | {"relative_difference": distance.relative_difference}))
+        values["relative_difference"] = distance.relative_difference
+        print(json.dumps(values, allow_nan=False))
     else:
         _print(one, other, distance)
 

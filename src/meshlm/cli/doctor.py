@@ -22,6 +22,10 @@ class Config:
 def run(config: Config) -> int:
     """Prints the diagnosis; 1 where something is in the way."""
     diagnosis = diagnose()
-    text = json.dumps(diagnosis.to_dict(), indent=2) + "\n" if config.json else render(diagnosis)
+    text = (
+        json.dumps(diagnosis.to_dict(), indent=2, allow_nan=False) + "\n"
+        if config.json
+        else render(diagnosis)
+    )
     print(text, end="")
     return diagnosis.exit_code

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from meshlm.api import load
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation import Generation, SamplingConfig
 from meshlm.generation.profiles import Dtype, Profile, Quantization
@@ -93,7 +93,12 @@ def run(config: Config) -> None:
     streams = config.n == 1 and not config.json and config.logprobs is None
     if streams:
         _write(prompt)
-    samples = model.sample([prompt], sampling, _write_piece if streams else None)
+    try:
+        samples = model.sample([prompt], sampling, _write_piece if streams else None)
+    except BadInputError:
+        if streams:
+            _write("\n")  # the error gets a line of its own
+        raise
     if config.json:
         print(_to_json(config, prompt, samples))
     elif streams:
@@ -154,5 +159,6 @@ def _to_json(config: Config, prompt: str, samples: list[Generation]) -> str:
             "model": str(config.path),
             "prompt": prompt,
             "samples": [asdict(sample) for sample in samples],
-        }
+        },
+        allow_nan=False,
     )

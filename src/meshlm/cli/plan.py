@@ -96,7 +96,7 @@ def run(config: Config) -> None:
         with _clock(plan.compiled is not None):
             nearest = nearest_that_fits(plan, compile=compile)
     if config.json:
-        print(json.dumps(_with_nearest(plan, nearest), indent=2))
+        print(json.dumps(_with_nearest(plan, nearest), indent=2, allow_nan=False))
         return
     print(render_plan(plan))
     print(render_verdict(plan, nearest))
@@ -173,7 +173,7 @@ def _search(config: Config, setup: Setup, topology: Topology) -> None:
         tell=_tell,
     )
     if config.json:
-        print(json.dumps({"plans": [plan.to_json() for plan in plans]}, indent=2))
+        print(json.dumps({"plans": [plan.to_json() for plan in plans]}, indent=2, allow_nan=False))
     else:
         print(render_search(plans), end="")
 

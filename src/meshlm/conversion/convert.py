@@ -14,6 +14,7 @@ from meshlm.checkpoint import add_file
 from meshlm.conversion import certificate as certificates
 from meshlm.conversion.certificate import CERTIFICATE_FILE, Certificate, RawTensor
 from meshlm.conversion.destination import Destination
+from meshlm.conversion.finite import Place
 from meshlm.conversion.hf_target import HfTarget
 from meshlm.conversion.mtj import open_mtj
 from meshlm.conversion.mtj_target import MtjTarget
@@ -31,7 +32,6 @@ from meshlm.conversion.tensors import (
     Source,
     Target,
     TensorInfo,
-    row_blocks,
     stacked_name,
 )
 from meshlm.core import files
@@ -162,7 +162,10 @@ class _Conversion:
             reference.feed(part)
             self._advance(part)
         if not np.isfinite(reference.logits).all():
-            raise BadInputError(_not_finite(self._source))
+            raise BadInputError(
+                f"{self._source.path}: its weights are finite, but their logits overflow float32, "
+                "so they cannot be certified"
+            )
         again = ReferenceForward(written.model, written.kind, self._tokens)
         own = StreamedForward(written.model, self._tokens)
         raw, found = self._read_back(written, again, own)
@@ -257,22 +260,15 @@ class _GivenPart(Part):
         self.hashes: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
-        array = self._part.read(name)
+        array = self._part.read_finite(name)
         self.hashes[name] = certificates.hash_tensor(array, self._infos[name].dtype, name)
         return array
 
+    def place(self, name: str) -> Place:
+        return self._part.place(name)
+
     def read_raw(self, name: str) -> np.ndarray:
         return self._part.read_raw(name)
-
-
-def _not_finite(source: Source) -> str:
-    """Returns what is wrong with weights whose logits are not finite."""
-    for part in source.parts():
-        for name in part.tensors:
-            array = part.read(name)
-            if not all(np.isfinite(array[rows]).all() for rows in row_blocks(array.shape)):
-                return f"{source.path}: {name} has numbers that are not finite: fetch it again"
-    return f"{source.path}: its logits are not finite, so they cannot be certified"
 
 
 def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Target:

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from meshlm.conversion import hf_names, pickled
+from meshlm.conversion.finite import Place
 from meshlm.conversion.hf_config import CONFIG_FILE, read_config, read_json
 from meshlm.conversion.hf_tokenizer import find_tokenizer
 from meshlm.conversion.safetensors import Tensors, open_tensors
@@ -30,6 +32,16 @@ INDEX_SUFFIX = ".index.json"
 _WEIGHTS = (WEIGHTS_FILE, PICKLED_FILE)
 # A plain name in the folder itself, which nothing can lead out of it.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+class _Home(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    """The name that messages give the file."""
+    tensors: Tensors
+    name: str
+    """In that file."""
 
 
 class HfSource(Source):
@@ -76,12 +88,17 @@ class HfSource(Source):
 
     def read_raw(self, name: str) -> np.ndarray:
         """Returns a tensor by transformers' name, as its file has it."""
-        tensors, own_name = self._homes[name]
-        return tensors.read(own_name)
+        home = self._homes[name]
+        return home.tensors.read(home.name)
+
+    def place(self, name: str) -> Place:
+        """Returns where a tensor lies, by transformers' name."""
+        home = self._homes[name]
+        return Place(f"{home.file}: {home.name}", self._info(name).shape)
 
     def _info(self, name: str) -> TensorInfo:
-        tensors, own_name = self._homes[name]
-        return tensors.infos[own_name]
+        home = self._homes[name]
+        return home.tensors.infos[home.name]
 
 
 class _HfPart(Part):
@@ -92,6 +109,9 @@ class _HfPart(Part):
 
     def read(self, name: str) -> np.ndarray:
         return self.read_raw(hf_names.hf_name(name)).reshape(self.tensors[name].shape)
+
+    def place(self, name: str) -> Place:
+        return self._source.place(hf_names.hf_name(name))
 
     def read_raw(self, name: str) -> np.ndarray:
         return self._source.read_raw(name)
@@ -185,10 +205,8 @@ def _check_index(
             raise BadInputError(f"{file}: {odd[0]} is {expected} by {index.name}, {where}")
 
 
-def _find_homes(
-    path: Path, model: ModelConfig, files: Mapping[Path, Tensors]
-) -> dict[str, tuple[Tensors, str]]:
-    """Returns where each tensor is, by transformers' name: its file, and its name there."""
+def _find_homes(path: Path, model: ModelConfig, files: Mapping[Path, Tensors]) -> dict[str, _Home]:
+    """Returns where each tensor is, by transformers' name."""
     count = sum(len(tensors.infos) for tensors in files.values())
     # Before the names are made: a config can ask for more layers than there are tensors.
     if model.num_layers > count:
@@ -198,7 +216,7 @@ def _find_homes(
         for key in part_keys(model)
         for name, shape in hf_names.hf_shapes(model, key).items()
     }
-    homes: dict[str, tuple[Tensors, str]] = {}
+    homes: dict[str, _Home] = {}
     for file, tensors in files.items():
         for own_name, info in tensors.infos.items():
             name = hf_names.full_name(own_name)
@@ -211,7 +229,7 @@ def _find_homes(
             if name in homes:
                 raise BadInputError(f"{file}: {own_name} is there twice")
             _check_tensor(file, own_name, info, wanted[name])
-            homes[name] = tensors, own_name
+            homes[name] = _Home(file, tensors, own_name)
     missing = [name for name in wanted if name not in homes]
     if missing:
         raise _missing(path, missing)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from meshlm.conversion.finite import check_finite
 from meshlm.conversion.tensors import Group, Part, Source, TensorInfo, cast, stacked_name
 from meshlm.core.sharding import sharding_of
 from meshlm.core.tree import from_named, map_named, to_named
@@ -34,18 +36,27 @@ def load_params(source: Source, mesh: Mesh, dtype: str | None, *, int8: bool = F
         dtype: of every weight; None keeps each as it is stored, and float16 as float32.
         int8: keep the matrices in int8 (`model/quantize.py`), each made when it is read; for one
             device.
+
+    Raises:
+        BadInputError: a tensor cannot be read, holds NaN or infinities, or a number too large for
+            `dtype`.
     """
     weights = describe(source.model)
     named: dict[str, Any] = {}
-    for part in source.parts():
-        for name, info in part.tensors.items():
-            wanted = dtype or ("float32" if info.dtype == np.float16 else info.dtype.name)
-            value = cast(part.read(name), jnp.dtype(wanted), name)
-            placed = _place(value, _sharding(mesh, weights, name))
-            named[name] = quantise_weight(name, placed) if int8 else placed
-            # Only now, so that no second tensor waits beside this one.
-            jax.block_until_ready(named[name])
-            del value, placed
+    # Each tensor is checked while it is cast and copied.
+    with ThreadPoolExecutor(1, thread_name_prefix="finite") as checking:
+        for part in source.parts():
+            for name, info in part.tensors.items():
+                stored = part.read(name)
+                checked = checking.submit(check_finite, stored, part.place(name))
+                wanted = dtype or ("float32" if info.dtype == np.float16 else info.dtype.name)
+                value = cast(stored, jnp.dtype(wanted), name)
+                placed = _place(value, _sharding(mesh, weights, name))
+                named[name] = quantise_weight(name, placed) if int8 else placed
+                # Only now, so that no second tensor waits beside this one.
+                jax.block_until_ready(named[name])
+                checked.result()
+                del stored, value, placed
     outer = map_named(lambda name, _: named[name], dataclasses.replace(weights, blocks=()))
     blocks = tuple(_block(weights, named, layer) for layer in range(source.model.num_layers))
     return dataclasses.replace(outer, blocks=blocks)
@@ -79,6 +90,9 @@ def load_stacked(
     Args:
         abstract: their shapes and shardings.
         on_part: called with each part that was read.
+
+    Raises:
+        BadInputError: a tensor cannot be read, or holds NaN or infinities.
     """
     named = to_named(abstract)
     whole: dict[str, Any] = {n: np.empty(leaf.shape, np.float32) for n, leaf in named.items()}
@@ -87,7 +101,7 @@ def load_stacked(
     for part in source.parts(group):
         for name in part.tensors:
             stacked, layer = stacked_name(name)
-            whole[stacked][... if layer is None else layer] = part.read(name)
+            whole[stacked][... if layer is None else layer] = part.read_finite(name)
         if on_part:
             on_part(part)
     placed = {name: _place(whole.pop(name), named[name].sharding) for name in list(whole)}

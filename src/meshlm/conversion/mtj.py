@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from meshlm.conversion import mtj_finding, mtj_layout
+from meshlm.conversion.finite import Place
 from meshlm.conversion.mtj_archive import Archive, ArchiveStore
 from meshlm.conversion.mtj_layout import STEP, Layout, Slot
 from meshlm.conversion.mtj_store import FolderStore, Reader, Store, check_headers
@@ -145,7 +146,7 @@ class MtjSource(Source):
             reader.release()
 
     def _part(self, group: Group, key: PartKey, reader: Reader) -> "_MtjPart":
-        return _MtjPart(reader, self._store, self.model, key, self._slots[group, key])
+        return _MtjPart(self.path, reader, self._store, self.model, key, self._slots[group, key])
 
     def _flat_shapes(self, group: Group, key: PartKey) -> dict[Slot, tuple[int, ...]]:
         slots = self._slots[group, key].values()
@@ -163,13 +164,14 @@ class MtjSource(Source):
 class _MtjPart(Part):
     def __init__(
         self,
+        path: Path,
         reader: Reader,
         store: Store,
         model: ModelConfig,
         key: PartKey,
         slots: Mapping[str, Slot],
     ) -> None:
-        self.key = key
+        self.key, self._path = key, path
         self._reader, self._store, self._model, self._slots = reader, store, model, slots
         self._raw = {
             f"shard_{shard}/{slot.raw_path}": (slot, shard)
@@ -193,6 +195,11 @@ class _MtjPart(Part):
         if slot.leaf.how == "sum":
             return summed(flat)
         return flat.reshape(self.tensors[name].shape)
+
+    def place(self, name: str) -> Place:
+        # An index into the joined and transposed array, which no file has.
+        raw = self._slots[name].raw_path
+        return Place(f"{self._path}: {name} ({raw} of its shards)", self.tensors[name].shape)
 
     def read_raw(self, name: str) -> np.ndarray:
         slot, shard = self._raw[name]

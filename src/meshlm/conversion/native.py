@@ -12,6 +12,7 @@ from meshlm import checkpoint
 from meshlm.checkpoint import ArrayInfo, LayerReader
 from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME
+from meshlm.conversion.finite import Place
 from meshlm.conversion.mtj_layout import SCHEDULE_COUNT
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
 from meshlm.conversion.tensors import (
@@ -191,19 +192,21 @@ class NativeSource(Source):
         if group not in self.groups:
             raise UsageError(f"{self.path} has no optimizer state")
         for key in order or part_keys(self.model):
-            yield _NativePart(self._reader, self.model, group, key, self._infos[group])
+            yield _NativePart(self.path, self._reader, self.model, group, key, self._infos[group])
 
 
 class _NativePart(Part):
     def __init__(
         self,
+        path: Path,
         reader: LayerReader,
         model: ModelConfig,
         group: Group,
         key: PartKey,
         infos: Mapping[str, TensorInfo],
     ) -> None:
-        self.key, self._reader, self._prefix = key, reader, PREFIXES[group]
+        self.key, self._path = key, path
+        self._reader, self._prefix = reader, PREFIXES[group]
         self._folder = "" if group == "params" else f"{group}/"
         self.tensors = {name: infos[name] for name in native_shapes(model, key)}
         self.raw = [self._folder + name for name in self.tensors]
@@ -211,6 +214,12 @@ class _NativePart(Part):
     def read(self, name: str) -> np.ndarray:
         stacked, layer = stacked_name(name)
         return self._reader.read(self._prefix + stacked, layer)
+
+    def place(self, name: str) -> Place:
+        stacked, layer = stacked_name(name)
+        where = "" if layer is None else f", layer {layer}"
+        array = f"array {self._prefix}{stacked}{where}"
+        return Place(f"checkpoint {self._path}: {array}", self.tensors[name].shape)
 
     def read_raw(self, name: str) -> np.ndarray:
         return self.read(name.removeprefix(self._folder))

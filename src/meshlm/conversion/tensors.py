@@ -15,11 +15,12 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
+from meshlm.conversion.finite import Place, check_finite, is_finite, row_blocks
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import to_named
@@ -31,8 +32,6 @@ Kind = Literal["meshlm", "hf", "mtj"]
 Group = Literal["params", "mu", "nu"]
 """The weights, and Adam's two moments of each of them."""
 PartKey = int | Literal["embedding", "head"]
-
-_BLOCK_NUMBERS = 4 << 20
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -66,6 +65,21 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor in its native layout and stored dtype; treat it as read-only."""
+
+    def read_finite(self, name: str) -> np.ndarray:
+        """Returns what `read` does.
+
+        Raises:
+            BadInputError: it holds NaN or infinities; the tensor, their number and the first are
+                named.
+        """
+        array = self.read(name)
+        check_finite(array, self.place(name))
+        return array
+
+    def place(self, name: str) -> Place:
+        """Returns where a tensor lies, by its native name."""
+        return Place(name, self.tensors[name].shape)
 
     @abc.abstractmethod
     def read_raw(self, name: str) -> np.ndarray:
@@ -185,6 +199,9 @@ class CastPart(Part):
     def read(self, name: str) -> np.ndarray:
         return cast(self._part.read(name), self._dtype, name)
 
+    def place(self, name: str) -> Place:
+        return self._part.place(name)
+
     def read_raw(self, name: str) -> np.ndarray:
         return self._part.read_raw(name)
 
@@ -202,18 +219,10 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     for rows in row_blocks(array.shape):
         with np.errstate(over="ignore"):
             result[rows] = array[rows]
-        if narrower and (np.isinf(result[rows]) & ~np.isinf(array[rows])).any():
+        if not narrower or is_finite(result[rows]):
+            continue
+        if (np.isinf(result[rows]) & ~np.isinf(array[rows])).any():
             raise BadInputError(
                 f"{name} has numbers too large for {dtype.name}: choose another --dtype"
             )
     return result
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
-    """Yields what selects some rows of an array after the others: a few million numbers each."""
-    if not shape:
-        yield ...
-        return
-    rows = max(1, _BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield slice(start, start + rows)

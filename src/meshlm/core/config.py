@@ -18,8 +18,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """Returns JSON for a person to read, ending in a newline."""
-    return (json.dumps(content, indent=2) + "\n").encode()
+    """Returns JSON for a person to read, ending in a newline; ValueError for NaN and infinities."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def from_dict(cls: type[T], content: Any, where: str) -> T:

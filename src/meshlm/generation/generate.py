@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.processes import on_host
 from meshlm.generation import decode
 from meshlm.generation.buckets import (
@@ -69,6 +70,7 @@ class Generator:
 
         Raises:
             UsageError: a prompt leaves no room in the context, or has an id that is no token.
+            BadInputError: the model's output is NaN or infinite; what came before it was told.
         """
         starts = [list(prompt) or start_of_text(self._end_of_text_id) for prompt in prompts]
         for index, start in enumerate(starts):
@@ -159,6 +161,8 @@ class Generator:
         for token, log_prob, alternatives in chosen:
             if not row.remaining:
                 break
+            if not all(map(math.isfinite, (log_prob, *alternatives.values()))):
+                raise not_finite(f"position {row.position} of prompt {row.prompt_index}")
             ended = token == end_token
             row.add(token, log_prob, alternatives)
             if not ended:
@@ -267,6 +271,14 @@ def check_tokens(what: str, tokens: Sequence[int], allowed_vocab: int) -> None:
     wrong = next((token for token in tokens if not 0 <= token < allowed_vocab), None)
     if wrong is not None:
         raise UsageError(f"{what} has token id {wrong}: give ids from 0 to {allowed_vocab - 1}")
+
+
+def not_finite(where: str) -> BadInputError:
+    """Returns the error of a model whose output is NaN or infinite; `where` names the place."""
+    return BadInputError(
+        f"the model's output at {where} is NaN or infinite, though its weights are finite: they "
+        "are too large to compute with; get them again, or use another checkpoint"
+    )
 
 
 def _seen(rows: list[_Row], num_rows: int, vocab_size: int) -> np.ndarray:

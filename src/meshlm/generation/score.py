@@ -19,7 +19,7 @@ from meshlm.core.errors import UsageError
 from meshlm.core.sharding import reshard
 from meshlm.generation import decode, sampling
 from meshlm.generation.buckets import prefill_parts, row_bucket
-from meshlm.generation.generate import check_tokens, start_of_text
+from meshlm.generation.generate import check_tokens, not_finite, start_of_text
 from meshlm.model.params import Params
 from meshlm.model.transformer import unembed
 
@@ -58,6 +58,7 @@ class Scorer:
 
         Raises:
             UsageError: a sequence is longer than the context, or has an id that is no token.
+            BadInputError: the model's output is NaN or infinite.
         """
         shape, shards = self._model.shape, self._model.batch_shards
         for index, tokens in enumerate(sequences):
@@ -75,6 +76,9 @@ class Scorer:
                 for row, i in enumerate(part):
                     count = max(0, lengths[i] - 1)
                     scores[i] = TokenScores(log_probs[row, :count], is_greedy[row, :count])
+                    bad = np.flatnonzero(~np.isfinite(scores[i].log_probs))
+                    if bad.size:
+                        raise not_finite(f"position {bad[0] + 1} of sequence {i}")
         return scores
 
     def loglikelihood(
@@ -86,6 +90,7 @@ class Scorer:
 
         Raises:
             UsageError: a pair is longer than the context together, or has an id that is no token.
+            BadInputError: the model's output is NaN or infinite.
         """
         contexts = [list(context) or start_of_text(self._end_of_text_id) for context, _ in pairs]
         whole = [context + list(pair[1]) for context, pair in zip(contexts, pairs, strict=True)]

@@ -5,6 +5,7 @@ one `PromptScores`, any number of `Piece`s, and exactly one `Finished` or `Faile
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -58,6 +59,13 @@ class TokenScore:
     log_prob: float
     top: tuple[tuple[int, float], ...] = ()
     """The most probable ids and their log-probabilities, most probable first."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether none of the numbers is NaN or infinite."""
+        return all(
+            math.isfinite(log_prob) for log_prob in (self.log_prob, *dict(self.top).values())
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

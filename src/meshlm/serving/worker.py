@@ -6,7 +6,6 @@ computes outside of the lock.
 
 import dataclasses
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -130,7 +129,7 @@ class Worker:
             if scores is not None:
                 count = request.alternatives
                 found = [scores.score(i, count) for i in range(len(following))]
-                if not all(math.isfinite(score.log_prob) for score in found):
+                if not all(score.is_finite for score in found):
                     self._end(sample, _NOT_FINITE)
                     return len(chunk)
                 sample.prompt_scores += found
@@ -164,7 +163,7 @@ class Worker:
             self._finish(sample, "length")
             return
         first = self._runner.choose(prefilled, request).score(0, request.alternatives)
-        if math.isfinite(first.log_prob):
+        if first.is_finite:
             # One that is not would spoil every prompt that begins alike.
             self._prefixes.add(request.prompt, prefilled)
         self._take(sample, first)
@@ -201,7 +200,7 @@ class Worker:
 
     def _take(self, sample: Sample, score: TokenScore) -> None:
         """Gives a sample its next token, which may end it."""
-        if not math.isfinite(score.log_prob):
+        if not score.is_finite:
             self._end(sample, _NOT_FINITE)
             return
         request = sample.request

@@ -51,7 +51,7 @@ from meshlm.training.run_folder import (
     parse_config,
     write_config,
 )
-from meshlm.training.saved import saved_files, saved_noise
+from meshlm.training.saved import refuse_not_finite, saved_files, saved_noise
 from meshlm.training.signals import StopSignals
 from meshlm.training.start import held_folder, pick_attention, refuse_other_options, resolve
 from meshlm.training.validation import Validator, check_sample_prompts, sample_texts
@@ -196,6 +196,7 @@ class _Run:
             return state, self.record.first_step
         self.noise = saved_noise(restored.files, str(restored.path))
         self._refuse_other_past(restored)
+        refuse_not_finite(restored)
         later = [step for step in steps_in(self.checkpoints) if step > restored.step]
         if later:
             self.passed_over = (
@@ -340,9 +341,18 @@ class _Run:
         if step % config.checkpoint_every == 0 or step == last:
             self._save(step, state)
         if config.sample_every and (step % config.sample_every == 0 or step == last):
-            samples = sample_texts(state.params, self.record, self.tokenizer, config, step)
-            self.output.samples(step, samples)
+            self._sample(step, state)
         self.output.report()
+
+    def _sample(self, step: int, state: TrainState) -> None:
+        try:
+            texts = sample_texts(state.params, self.record, self.tokenizer, self.config, step)
+        except BadInputError as error:
+            # A run ends by its losses, not by its samples.
+            self.output.incident(step, "no samples", str(error))
+            self.output.say(f"step {step}: no samples: {error}")
+            return
+        self.output.samples(step, texts)
 
     def _save(self, step: int, state: TrainState) -> None:
         files = saved_files(self.files, step, self.record, self.noise)

@@ -191,7 +191,7 @@ def _hover_data(chart: Chart, x: Axis, y: Axis) -> str:
             for series in chart.series
         ],
     }
-    return escape(json.dumps(data, separators=(",", ":")))
+    return escape(json.dumps(data, allow_nan=False, separators=(",", ":")))
 
 
 def _plot(chart: Chart, x: Axis, *, marks: Sequence[tuple[float, str, str]]) -> str:
