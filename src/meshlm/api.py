@@ -272,6 +272,7 @@ def load(
     config: str | Path | None = None,
     tokenizer: str | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
     sample_extra_tokens: bool = False,
 ) -> Model:
     """Returns the model in a run, a checkpoint, or GPT-J's weights in another format.
@@ -292,13 +293,17 @@ def load(
             weights.
         tokenizer: "gpt2" or a tokenizer.json, where none lies beside the weights.
         allow_pickle: read a `pytorch_model.bin`, in a process of its own, by torch.
+        verify: first hold every byte against the certificate, or the checksums of the download,
+            beside the weights.
         sample_extra_tokens: generate ids beyond those of text too, up to the vocabulary's last row.
 
     Raises:
         UsageError: there is nothing to load at this path, or an option does not fit.
         BadInputError: the files are damaged, or do not fit each other.
     """
-    source = open_source(path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    source = open_source(
+        path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle, verify=verify
+    )
     opened = plan_loading(source, profile=profile, dtype=dtype, quantize=quantize, mesh=mesh)
     return load_opened(opened, sample_extra_tokens=sample_extra_tokens)
 

@@ -40,6 +40,7 @@ class Side:
     config: str | None = None
     """Of the original's weights alone."""
     allow_pickle: bool = False
+    verify: bool = False
 
     def load(self) -> Model:
         """Returns the model."""
@@ -49,6 +50,7 @@ class Side:
             dtype=self.dtype,
             config=self.config if is_mtj(self.path) else None,
             allow_pickle=self.allow_pickle,
+            verify=self.verify,
         )
 
 

@@ -38,6 +38,8 @@ class Config:
     """The original's JSON config or a preset, where none lies beside its weights."""
     allow_pickle: bool = False
     """Read a pytorch_model.bin, as weights alone, by torch in a process of its own."""
+    verify: bool = False
+    """First hold every byte against certificate.json, or the download's checksums, beside them."""
     text_file: Path | None = None
     """A text for them to read; one that comes with MeshLM unless given."""
     length: int = 256
@@ -56,6 +58,7 @@ def run(config: Config) -> None:
         dtype=config.dtype,
         config=config.config,
         allow_pickle=config.allow_pickle,
+        verify=config.verify,
     )
     other = dataclasses.replace(
         one,

@@ -71,6 +71,8 @@ class Config:
     """gpt2 or a tokenizer.json, where none lies beside the weights."""
     allow_pickle: bool = False
     """Read a pytorch_model.bin, as weights alone, by torch in a process of its own."""
+    verify: bool = False
+    """First hold every byte against certificate.json, or the download's checksums, beside it."""
     extra_tokens: bool = False
     """Also sample the extra tokens that GPT-J's vocabulary has beyond those of text."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -97,6 +99,7 @@ def run(config: Config) -> int:
         config=config.config,
         tokenizer=config.tokenizer,
         allow_pickle=config.allow_pickle,
+        verify=config.verify,
     )
     if source.tokenizer is None:
         raise UsageError(f"{config.path} has no tokenizer: give --tokenizer gpt2 or a file")

@@ -8,6 +8,9 @@ from tyro.conf import Positional
 from meshlm.checkpoint import step_path, verify
 from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME
+from meshlm.conversion.certificate import CERTIFICATE_FILE
+from meshlm.conversion.opening import kind_of, open_source
+from meshlm.conversion.proof import check_all
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.store import verify_store
 from meshlm.training.run_folder import CHECKPOINTS_FOLDER, read_config
@@ -15,16 +18,22 @@ from meshlm.training.run_folder import CHECKPOINTS_FOLDER, read_config
 EXAMPLES = (
     "meshlm verify runs/first",
     "meshlm verify runs/first/checkpoints/step_2000",
+    "meshlm verify gpt-j-hf",
     "meshlm verify store",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Read every byte of a run's checkpoints, a checkpoint or a token store, and check it."""
+    """Read every byte of checkpoints, weights or a token store, and check it."""
 
     path: Positional[Path]
-    """A run, a folder of checkpoints, one checkpoint (step_N), or a token store."""
+    """A run, a folder of checkpoints, one checkpoint (step_N), a token store, or GPT-J's weights in
+    any format that `meshlm convert` reads."""
+    config: str | None = None
+    """The original's JSON config or a preset, where none lies beside its weights."""
+    allow_pickle: bool = False
+    """Read a pytorch_model.bin, as weights alone, by torch in a process of its own."""
 
 
 def run(config: Config) -> None:
@@ -32,6 +41,9 @@ def run(config: Config) -> None:
     path = config.path
     if not path.exists():
         raise UsageError(f"{path}: there is nothing at this path")
+    if kind_of(path) in ("hf", "mtj"):
+        _verify_weights(config)
+        return
     steps = _checkpoints(path)
     if steps is None:
         verify_store(path)
@@ -43,6 +55,19 @@ def run(config: Config) -> None:
     if damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         raise BadInputError(f"{'; '.join(damaged[:3])}{more}: restore from a copy, or delete it")
+
+
+def _verify_weights(config: Config) -> None:
+    source = open_source(config.path, config=config.config, allow_pickle=config.allow_pickle)
+    proofs = check_all(source)
+    if proofs:
+        print(f"{config.path}: good; every byte is as recorded in {' and in '.join(proofs)}")
+    else:
+        print(
+            f"{config.path}: readable, but not proved: its {len(source.infos)} tensors are whole, "
+            f"fit their configuration and are finite; there is no {CERTIFICATE_FILE} of meshlm "
+            "convert and no checksum of a download, so nothing says what the bytes should be"
+        )
 
 
 def _checkpoints(path: Path) -> list[Path] | None:

@@ -25,6 +25,7 @@ TOLERANCE = 2e-5
 """Of the largest |logit|: what float32 sums in another order come to, with room."""
 
 _MAX_TOKENS = 32
+_TENSOR_SUFFIXES = (".safetensors", ".npz")
 _BLOCK_BYTES = 64 * 1024 * 1024
 _RECORDED_LIBRARIES = ("meshlm", "numpy", "jax")
 
@@ -48,6 +49,9 @@ class Side:
     step: int | None
     files: Mapping[str, int]
     """Bytes of each."""
+    sha256: Mapping[str, str]
+    """Of each file that holds no tensors; of the destination alone, and not of a checkpoint of
+    MeshLM's, whose manifest has it."""
     tensors: Mapping[str, RawTensor]
     """In the format's own terms."""
 
@@ -159,13 +163,28 @@ def files_of(path: Path) -> dict[str, int]:
     return {p.relative_to(path).as_posix(): p.stat().st_size for p in found}
 
 
-def side_of(source: Source, path: Path, tensors: Mapping[str, RawTensor]) -> Side:
-    """Returns the record of one side, under the path that it is known by."""
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def side_of(
+    source: Source, path: Path, tensors: Mapping[str, RawTensor], *, hash_files: bool = False
+) -> Side:
+    """Returns the record of one side, under the path that it is known by.
+
+    Args:
+        hash_files: hash the files that hold no tensors too.
+    """
+    files = files_of(source.path)
+    beside = [name for name in files if not name.endswith(_TENSOR_SUFFIXES)] if hash_files else []
     return Side(
         path=str(path),
         format=source.kind,
         step=source.step,
-        files=files_of(source.path),
+        files=files,
+        sha256={name: hash_file(source.path / name) for name in beside},
         tensors=tensors,
     )
 

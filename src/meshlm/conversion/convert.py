@@ -20,6 +20,7 @@ from meshlm.conversion.mtj import open_mtj
 from meshlm.conversion.mtj_target import MtjTarget
 from meshlm.conversion.native_target import NativeTarget
 from meshlm.conversion.opening import open_source
+from meshlm.conversion.proof import find_record
 from meshlm.conversion.reference import ReferenceForward
 from meshlm.conversion.streamed import StreamedForward
 from meshlm.conversion.tensors import (
@@ -142,7 +143,14 @@ class _Conversion:
         self._stage = ("", 0, 0)
 
     def write(self, target: Target) -> None:
-        """Writes all parts, and notes the hashes of what was read and of what was given."""
+        """Writes all parts, and notes the hashes of what was read and of what was given.
+
+        Raises:
+            BadInputError: the source cannot be read, or is not as its own certificate says.
+        """
+        record = find_record(self._source)
+        if record is not None:
+            record.check_files()
         self._begin("writing", len(target.group_order))
         for group in target.group_order:
             for part in self._source.parts(group, target.order):
@@ -150,7 +158,10 @@ class _Conversion:
                 given = _GivenPart(self._as_given(part, infos), infos)
                 target.write(group, given)
                 self._given |= {(group, name): sha for name, sha in given.hashes.items()}
-                self._raw |= certificates.raw_tensors(part)
+                raw = certificates.raw_tensors(part)
+                if record is not None:
+                    record.check_tensors(raw, self._source.path)
+                self._raw |= raw
                 self._advance(part)
         target.finish()
 
@@ -175,7 +186,9 @@ class _Conversion:
         )
         return Certificate(
             source=certificates.side_of(self._source, self._source.path, self._raw),
-            destination=certificates.side_of(written, self._destination, raw),
+            destination=certificates.side_of(
+                written, self._destination, raw, hash_files=written.kind != "meshlm"
+            ),
             dtype=self._plan.dtype,
             is_lossy=self._plan.is_lossy,
             same_tensors=sum(self._given.get(key) == sha for key, sha in found.items()),

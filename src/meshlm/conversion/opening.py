@@ -7,7 +7,8 @@ from meshlm.conversion.hf import is_hf, open_hf
 from meshlm.conversion.mtj import is_mtj, open_mtj
 from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES, looks_like_old_config, parse_old_config
 from meshlm.conversion.native import CONFIG_FILE, is_native, open_native, read_model
-from meshlm.conversion.tensors import Source
+from meshlm.conversion.proof import require_proof
+from meshlm.conversion.tensors import Kind, Source
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.tokenizer import Tokenizer, load_tokenizer
 from meshlm.model.config import PRESETS, ModelConfig
@@ -19,6 +20,7 @@ def open_source(
     config: str | Path | None = None,
     tokenizer: str | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
 ) -> Source:
     """Returns the weights at a path: a run, a checkpoint, a Hugging Face folder, or the original's.
 
@@ -29,22 +31,26 @@ def open_source(
             MeshLM's, or a preset's name. None: what lies beside the weights.
         tokenizer: "gpt2" or a tokenizer.json, in place of the source's own.
         allow_pickle: a pytorch_model.bin may be read, with torch in a process of its own.
+        verify: read every byte and hold it against the certificate, or the checksums of the
+            download, beside it.
 
     Raises:
-        UsageError: there is nothing of the kind at the path, or an option does not fit it.
+        UsageError: there is nothing of the kind at the path, or an option does not fit it; with
+            `verify`, nothing is recorded of it.
         BadInputError: the weights are damaged, or do not fit their config.
     """
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path}: there is nothing at this path")
     own = None if tokenizer is None else load_tokenizer(tokenizer)
-    if is_mtj(path):
+    kind = kind_of(path)
+    if kind == "mtj":
         source = open_mtj(path, None if config is None else read_model_config(config), own)
     elif config is not None:
         raise UsageError(f"--config {config}: only the original's checkpoints need one; leave it")
-    elif is_native(path):
+    elif kind == "meshlm":
         source = open_native(path)
-    elif is_hf(path):
+    elif kind == "hf":
         source = open_hf(path, own, allow_pickle=allow_pickle)
     else:
         raise UsageError(
@@ -55,7 +61,18 @@ def open_source(
         )
     if own is not None:
         source.tokenizer = _fitting(own, source.model, str(tokenizer))
+    if verify:
+        require_proof(source)
     return source
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Returns the format of what lies at a path, by its names; None where it is none of ours."""
+    if is_mtj(path):
+        return "mtj"
+    if is_native(path):
+        return "meshlm"
+    return "hf" if is_hf(path) else None
 
 
 def read_model_config(config: str | Path) -> ModelConfig:

@@ -54,6 +54,9 @@ class TrainConfig:
     """The original's JSON config or a preset, where none lies beside the weights to begin with."""
     allow_pickle: bool = False
     """Begin with a pytorch_model.bin, read as weights alone by torch in a process of its own."""
+    verify: bool = False
+    """First hold every byte of --init or --resume-from against certificate.json, or the download's
+    checksums, beside it."""
     recipe: Recipe | None = None
     """mtj-2021: train exactly as the original did, its summed biases and bfloat16 included."""
     recipe_shards: int | None = None
@@ -133,6 +136,8 @@ class TrainConfig:
             raise UsageError(
                 "--init and --resume-from: give one, with a fresh optimizer or its own"
             )
+        if self.verify and self.init is None and self.resume_from is None:
+            raise UsageError("--verify is for the weights of --init or --resume-from: give one")
         for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

@@ -26,7 +26,12 @@ def open_origin(config: TrainConfig) -> Source | None:
     path = config.init or config.resume_from
     if path is None:
         return None
-    source = open_source(path, config=config.init_config, allow_pickle=config.allow_pickle)
+    source = open_source(
+        path,
+        config=config.init_config,
+        allow_pickle=config.allow_pickle,
+        verify=config.verify,
+    )
     if config.resume_from is not None:
         if set(source.groups) != {"params", "mu", "nu"} or source.step is None:
             raise UsageError(
