@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "environment"
 MAIN, PARITY = ROOT / ".venv", ROOT / ".venv-parity"
 VERSIONS = ("3.11", "3.12", "3.13")
-LOCKED_GROUPS = {"main": ("dev",), "parity": ("dev", "parity")}
+LOCKED_GROUPS = {"main": ("dev", "clients"), "parity": ("dev", "parity")}
 
 # A local version such as +cpu exists only where CPU builds are kept apart: the public index forbids
 # them, so on Linux this never matches a CUDA build, and a miss is known before any download.
@@ -328,6 +328,8 @@ def write_locks(options: list[str]) -> None:
             "3.11",
         ]
         command += ["--generate-hashes", "--no-annotate", "--no-header", "--all-extras"]
+        # llm asks for pip: the environment's own does, and must not replace itself while it runs.
+        command += ["--no-emit-package", "pip"]
         command += [option for group in groups for option in ("--group", group)]
         if lock != "main":
             command += ["--constraints", lock_path("main")]

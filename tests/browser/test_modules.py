@@ -390,18 +390,25 @@ def test_settings_of_any_origin_are_within_their_bounds(run: Callable[..., Any])
         "top_k": 3.7,
         "max_tokens": "7",
         "n": None,
-        "seed": 2**32,
-        "stop": ["a", 5, "", "b" * 999, "c", "d", "e"],
+        "seed": 2**53,
+        "stop": ["a", 5, "", "b" * 999, *map(str, range(20))],
         "other": 1,
     }
     found = run("options.js", "(m, x) => m.settingsFrom(x)", given)
     assert (found["temperature"], found["top_p"], found["top_k"]) == (2, 0.01, 4)
     assert (found["max_tokens"], found["n"], found["seed"]) == (128, 1, None)
-    assert found["stop"] == ["a", "b" * 256, "c", "d"]
+    assert found["stop"] == ["a", "b" * 256, *map(str, range(14))]
     assert "other" not in found
     defaults = run("options.js", "(m) => m.DEFAULTS")
     for junk in (None, 1, "x", []):
         assert run("options.js", "(m, x) => m.settingsFrom(x)", junk) == defaults
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**32, 1796046869000, -(2**53) + 1, 2**53 - 1])
+def test_seed_is_an_integer_that_a_number_holds(run: Callable[..., Any], seed: int) -> None:
+    assert run("options.js", "(m, x) => m.settingsFrom(x)", {"seed": seed})["seed"] == seed
+    for other in (str(seed), seed + 0.5 if abs(seed) < 2**40 else 2**60, None):
+        assert run("options.js", "(m, x) => m.isSeed(x)", other) is False
 
 
 def test_stop_texts_are_typed_with_escapes(run: Callable[..., Any]) -> None:

@@ -1,12 +1,14 @@
-"""The API as its real clients use it, over a socket: the openai package, and curl."""
+"""The API as its real clients use it, over a socket: the openai package, others, and curl."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -161,8 +163,9 @@ def test_errors(client: openai.OpenAI) -> None:
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL_ID, input=FOX)
+    tool: Any = {"type": "function", "function": {"name": "look"}}
     with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(model=MODEL_ID, messages=HI, tools=[])
+        client.chat.completions.create(model=MODEL_ID, messages=HI, tools=[tool])
 
 
 class Recovering:
@@ -243,6 +246,70 @@ def wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.001)
+
+
+# Clients that others wrote, each in a process of its own, get what `Model.generate` gives.
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "clients"
+CLIENTS = {"openai": "openai", "langchain": "langchain_openai", "litellm": "litellm", "llm": "llm"}
+# .venv has them all; .venv-parity has openai alone.
+INSTALLED = [name for name, module in CLIENTS.items() if importlib.util.find_spec(module)]
+PROMPT, SYSTEM, USER, MORE = "the quick brown fox", "Be kind.", "hi", "and the dog?"
+STOP = ("\n\nUser:", "\nUser:")
+
+
+@pytest.fixture(scope="module")
+def clients(address: str) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """All at once, for most of their time is that of importing them."""
+    asked = {
+        "prompt": PROMPT,
+        "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}],
+        "more": MORE,
+        "seed": -1,
+        "max_tokens": 8,
+    }
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, SCRIPTS / f"ask_{name}.py", address, json.dumps(asked)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name in INSTALLED
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+def generated(prompt: str, *stop: str) -> str:
+    (sample,) = own_model().generate(prompt, seed=-1, max_tokens=8, stop=stop)
+    return sample.text
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_client_of_others(clients: dict[str, subprocess.Popen[bytes]], name: str) -> None:
+    if name not in clients:
+        pytest.skip(f"there is no {name} here")
+    out, err = clients[name].communicate(timeout=120)
+    assert clients[name].returncode == 0, err.decode()
+    text = generated(PROMPT)
+    talk = f"{SYSTEM}\n\nUser: {USER}\n\nAssistant:"
+    chat = generated(talk, *STOP).removeprefix(" ")
+    second = generated(f"{talk} {chat}\n\nUser: {MORE}\n\nAssistant:", *STOP).removeprefix(" ")
+    assert len({text, chat, second, ""}) == 4
+    kinds: dict[str, list[str]] = {}
+    for kind, found in json.loads(out).items():
+        kinds.setdefault(kind.partition("_")[0], []).append(found)
+        if kind.startswith("refused"):
+            assert "is not supported here" in found
+            assert "400" in found or "Bad" in found
+    assert {name: set(kinds[name]) for name in ("text", "chat", "second")} == {
+        "text": {text},
+        "chat": {chat},
+        "second": {second},
+    }
+    assert kinds["refused"]
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving-api.md"

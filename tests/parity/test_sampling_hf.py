@@ -61,6 +61,7 @@ def ours(logits: np.ndarray, tokens: np.ndarray, options: dict[str, float]) -> n
 
     rows = sampling.RowOptions(
         seed=jnp.zeros(ROWS, np.uint32),
+        seed_high=jnp.zeros(ROWS, np.uint32),
         prompt_index=jnp.zeros(ROWS, np.int32),
         sample_index=jnp.zeros(ROWS, np.int32),
         temperature=column("temperature", 1.0),

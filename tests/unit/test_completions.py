@@ -356,9 +356,9 @@ def test_chat_takes_the_rest_of_the_context() -> None:
             {"messages": messages(("user", "a"), ("user", [{"type": "image_url"}]))},
             "messages[1].content[0].type",
         ),
-        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages[0].name"),
-        ({"tools": []}, "tools"),
-        ({"response_format": {"type": "text"}}, "response_format"),
+        ({"messages": [{"role": "user", "content": "a", "name": 5}]}, "messages[0].name"),
+        ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
@@ -378,6 +378,11 @@ def test_chat_is_refused(fields: dict, param: str) -> None:
 def test_chat_takes_back_its_own_message() -> None:
     said = {"role": "assistant", "content": "Hello.", "refusal": None, "tool_calls": None}
     assert plan_of_chat(messages=[said, *messages(("user", "Hi."))]).requests
+
+
+def test_no_top_logprobs_need_no_logprobs() -> None:
+    plan = plan_of_chat(messages=messages(("user", "Hi.")), logprobs=False, top_logprobs=0)
+    assert plan.requests[0].alternatives == 0
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def greedy_options(rows: int) -> RowOptions:
     zeros = np.zeros(rows, np.int32)
     return RowOptions(
         seed=zeros.astype(np.uint32),
+        seed_high=zeros.astype(np.uint32),
         prompt_index=zeros,
         sample_index=zeros,
         temperature=np.zeros(rows, np.float32),

@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import re
 import time
+import typing
+from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from openai.types import chat, completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
 
 from apps import CONTEXT, tokenizer
 from meshlm.serving.api.bodies import MAX_DEPTH, parse_object
+from meshlm.serving.api.chat import text_of
 from meshlm.serving.api.prompts import Vocabulary, read_prompts
 from meshlm.serving.api.protocol import (
+    UNUSED,
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
     SamplingFields,
+    StreamOptions,
+    Strict,
+    TextPart,
     check_sampling,
     read_fields,
     read_logit_bias,
@@ -54,7 +64,7 @@ def test_json_comes_through(value: dict, ascii_only: bool) -> None:
 @given(st.binary(max_size=200) | st.text('[]{}",:\\u0019e+-. tfn', max_size=60).map(str.encode))
 def test_other_bytes_are_refused_as_json_refuses_them(body: bytes) -> None:
     try:
-        wanted = json.loads(body.decode())
+        wanted = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         wanted = None
     try:
@@ -73,7 +83,8 @@ BAD = {
     "true": (b"true", "true or false"),
     "cut": (b'{"prompt": "a', "not JSON"),
     "two": (b"{} {}", "not JSON"),
-    "mark": (b"\xef\xbb\xbf{}", "not JSON"),
+    "two marks": (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
+    "mark inside": (b"{\xef\xbb\xbf}", "not JSON"),
     "nan": (b'{"temperature": NaN}', "NaN"),
     "infinity": (b'{"temperature": Infinity}', "Infinity"),
     "minus infinity": (b'{"temperature": -Infinity}', "-Infinity"),
@@ -95,6 +106,10 @@ def test_body_is_refused(name: str) -> None:
     body, words = BAD[name]
     with pytest.raises(ValueError, match=re.escape(words)):
         parse(body)
+
+
+def test_byte_order_mark_before_the_object_is_no_part_of_it() -> None:
+    assert parse(b'\xef\xbb\xbf{"prompt": "\xef\xbb\xbfa"}') == {"prompt": "\ufeffa"}
 
 
 def test_depth_allowed() -> None:
@@ -183,6 +198,7 @@ WRONG_FIELDS = [
     ({"suffix": "end"}, "suffix", "not supported"),
     ({"tools": []}, "tools", "not supported"),
     ({"best_off": 1}, "best_off", "not supported"),
+    ({"seed": 1.0}, "seed", "1.0"),
     ({"logit_bias": {"5": True}}, "logit_bias.5", "True"),
     ({"logit_bias": [1]}, "logit_bias", "[1]"),
     ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "not supported"),
@@ -211,8 +227,8 @@ OUT_OF_BOUNDS = [
     ({"repetition_penalty": 0}, "0.01"),
     ({"presence_penalty": 2.5}, "2"),
     ({"frequency_penalty": -2.5}, "-2"),
-    ({"seed": -1}, "4294967295"),
-    ({"seed": 2**32}, "4294967295"),
+    ({"seed": -(2**63) - 1}, "-9223372036854775808"),
+    ({"seed": 2**63}, "9223372036854775807"),
     ({"max_tokens": -1}, "0"),
     ({"truncate_prompt_tokens": 0}, "1"),
     ({"stream_options": {"include_usage": True}}, "stream"),
@@ -230,11 +246,14 @@ def test_bound_is_named(data: dict, limit: str) -> None:
 
 
 INSIDE = [
-    {"n": 16, "temperature": 2, "top_p": 1, "min_p": 1, "top_k": -1, "seed": 2**32 - 1},
-    {"n": 1, "temperature": 0, "top_p": 1e-300, "min_p": 0, "top_k": 10**12, "seed": 0},
+    {"n": 16, "temperature": 2, "top_p": 1, "min_p": 1, "top_k": -1, "seed": 2**63 - 1},
+    {"n": 1, "temperature": 0, "top_p": 1e-300, "min_p": 0, "top_k": 10**12, "seed": -(2**63)},
     {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 100, "max_tokens": 0},
     {"user": "somebody", "metadata": {"any": ["thing", {}]}, "model": None, "stop": None},
-    dict.fromkeys(SamplingFields.model_fields),
+    {"safety_identifier": "somebody", "prompt_cache_key": "a key"},
+    {"stream_options": {}, "stop": [], "logit_bias": {}},
+    {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+    dict.fromkeys([*SamplingFields.model_fields, "a_field_of_another_server"]),
 ]
 
 
@@ -250,7 +269,7 @@ def test_bounds_are_inside(data: dict) -> None:
         ("", "stop"),
         ([""], "stop[0]"),
         (["a", None], "stop[1]"),
-        (["a"] * 5, "stop"),
+        (["a"] * 17, "stop"),
         (["a", "b" * 257], "stop[1]"),
         ("b" * 257, "stop"),
         ({"a": 1}, "stop"),
@@ -267,7 +286,149 @@ def test_stop_is_taken() -> None:
     assert read_stop(None, LIMITS) == ()
     assert read_stop([], LIMITS) == ()
     assert read_stop("a", LIMITS) == ("a",)
-    assert read_stop(["a", "b" * 256, "c", "d"], LIMITS) == ("a", "b" * 256, "c", "d")
+    texts = ["b" * 256, *map(str, range(15))]
+    assert read_stop(texts, LIMITS) == tuple(texts)
+
+
+# What OpenAI's package can send: each of its fields is honoured, neutral or refused.
+
+REQUESTS = {
+    CompletionRequest: (
+        completion_create_params.CompletionCreateParamsNonStreaming,
+        completion_create_params.CompletionCreateParamsStreaming,
+    ),
+    ChatRequest: (
+        chat_create_params.CompletionCreateParamsNonStreaming,
+        chat_create_params.CompletionCreateParamsStreaming,
+    ),
+    ChatMessage: (
+        chat.ChatCompletionAssistantMessageParam,
+        chat.ChatCompletionDeveloperMessageParam,
+        chat.ChatCompletionSystemMessageParam,
+        chat.ChatCompletionUserMessageParam,
+    ),
+    TextPart: (chat.ChatCompletionContentPartTextParam,),
+    StreamOptions: (chat.ChatCompletionStreamOptionsParam,),
+}
+NEUTRAL = [
+    (kind, name, value)
+    for kind in REQUESTS
+    for name, values in kind.neutral.items()
+    for value in (None, *values)
+]
+# A value of each that would change the answer, as openai's types have it.
+CHANGES = {
+    "annotations": [{"type": "url_citation"}],
+    "audio": {"format": "mp3", "voice": "ash"},
+    "function_call": {"name": "look"},
+    "functions": [{"name": "look"}],
+    "include_obfuscation": True,
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "any"},
+    "parallel_tool_calls": 1,
+    "prediction": {"type": "content", "content": "a"},
+    "prompt_cache_breakpoint": {"mode": "explicit"},
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning_content": "because",
+    "reasoning_effort": "low",
+    "refusal": "no",
+    "response_format": {"type": "json_object"},
+    "service_tier": "priority",
+    "store": 0,
+    "suffix": "end",
+    "tool_calls": [{"id": "1"}],
+    "tool_choice": "required",
+    "tools": [{"type": "function"}],
+    "verbosity": "high",
+    "web_search_options": {},
+}
+
+
+def within(kind: type[Strict], fields: dict) -> tuple[type[Strict], dict]:
+    """The request that has these fields in a place of that kind."""
+    user = {"role": "user", "content": "a"}
+    if kind is ChatMessage:
+        return ChatRequest, {"messages": [user | {"role": "assistant"} | fields]}
+    if kind is TextPart:
+        part = {"type": "text", "text": "a"} | fields
+        return ChatRequest, {"messages": [user | {"content": [part]}]}
+    if kind is StreamOptions:
+        return CompletionRequest, {"stream": True, "stream_options": fields}
+    return kind, fields | ({"messages": [user]} if kind is ChatRequest else {})
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_each_field_of_openais_types_is_known(kind: type[Strict]) -> None:
+    theirs = {name for params in REQUESTS[kind] for name in typing.get_type_hints(params)}
+    if kind is ChatMessage:  # an answer, sent back
+        theirs |= chat.ChatCompletionMessage.model_fields.keys()
+    assert theirs - kind.model_fields.keys() - kind.neutral.keys() == set()
+    assert not kind.neutral.keys() & kind.model_fields.keys()
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), NEUTRAL)
+def test_neutral_value_is_as_if_left_out(kind: type[Strict], name: str, value: object) -> None:
+    request, fields = within(kind, {name: value})
+    assert read_fields(request, fields) == read_fields(request, within(kind, {})[1])
+
+
+@pytest.mark.parametrize(("kind", "name"), [case[:2] for case in NEUTRAL if case[2] is None])
+def test_other_value_is_refused(kind: type[Strict], name: str) -> None:
+    request, fields = within(kind, {name: CHANGES[name]})
+    with pytest.raises(ApiError, match="not supported") as caught:
+        read_fields(request, fields)
+    assert caught.value.status == 400
+    assert (caught.value.param or "").endswith(name)
+    values = kind.neutral[name]
+    assert not values or json.dumps(values[0]) in str(caught.value)
+
+
+def test_schema_has_the_neutral_values() -> None:
+    for kind in REQUESTS:
+        properties = kind.model_json_schema()["properties"]
+        for name, values in kind.neutral.items():
+            assert properties[name]["enum"] == [*values, None]
+
+
+WHERE = {CompletionRequest: "completions", ChatRequest: "chat", ChatMessage: "a message"}
+WHERE |= {TextPart: "a part of `content`", StreamOptions: "`stream_options`"}
+
+
+def test_docs_have_the_neutral_values() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serving-api.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page.partition("## Neutral")[2], re.M)
+    values = [
+        (name, WHERE[kind], ", ".join(f"`{json.dumps(value)}`" for value in values) or "none")
+        for kind in REQUESTS
+        for name, values in kind.neutral.items()
+    ]
+    assert sorted(told) == sorted(values)
+    for name in (name for names in UNUSED.values() for name in names):
+        assert f"`{name}`" in page
+
+
+NO_CONTENT = [
+    {"role": "assistant"},
+    {"role": "assistant", "content": None},
+    {"role": "assistant", "content": ""},
+    {"role": "assistant", "content": []},
+    {"role": "assistant", "content": None, "id": "msg_1", "name": "a", "refusal": None},
+]
+
+
+@pytest.mark.parametrize("message", NO_CONTENT)
+def test_answer_without_content_is_an_empty_text(message: dict) -> None:
+    (found,) = read_fields(ChatRequest, {"messages": [message]}).messages
+    assert text_of(found) == ""
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer"])
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_other_message_needs_content(role: str, content: dict) -> None:
+    with pytest.raises(ApiError) as caught:
+        read_fields(ChatRequest, {"messages": [{"role": role, **content}]})
+    assert (caught.value.param or "").startswith("messages[0].content")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from meshlm.core.errors import UsageError
 from meshlm.generation import SamplingConfig
 from meshlm.generation import sampling as s
+from meshlm.generation.config import split_seed
 
 # Recorded with JAX 0.12.0.1; JAX 0.10.2 gives the same.
 GOLDEN_DRAWS = [973, 736, 334, 742]
@@ -25,6 +26,7 @@ FLOATS = st.floats(-40, 40, width=32, allow_subnormal=False)
 def make_options(rows: int, **given_options: object) -> s.RowOptions:
     values = {
         "seed": 0,
+        "seed_high": 0,
         "prompt_index": 0,
         "sample_index": 0,
         "temperature": 1.0,
@@ -35,7 +37,7 @@ def make_options(rows: int, **given_options: object) -> s.RowOptions:
         **given_options,
     }
     integers = {"seed": jnp.uint32, "prompt_index": jnp.int32, "sample_index": jnp.int32}
-    integers["top_k"] = jnp.int32
+    integers |= {"seed_high": jnp.uint32, "top_k": jnp.int32}
     return s.RowOptions(
         **{
             name: jnp.broadcast_to(jnp.asarray(value, integers.get(name, jnp.float32)), (rows,))
@@ -163,7 +165,7 @@ def test_frequencies_follow_the_probabilities() -> None:
     assert chi_square < 22.46
 
 
-@pytest.mark.parametrize("name", ["seed", "prompt_index", "sample_index"])
+@pytest.mark.parametrize("name", ["seed", "seed_high", "prompt_index", "sample_index"])
 def test_each_part_of_the_key_gives_other_draws(name: str) -> None:
     rows, positions = jnp.zeros((64, 32)), jnp.arange(64, dtype=jnp.int32)
     zero = draw(rows, make_options(64), positions)
@@ -197,6 +199,29 @@ def test_draws_stay_what_they_were() -> None:
     options = make_options(4, seed=[0, 0, 1, 4294967295], sample_index=[0, 1, 0, 0])
     tokens = draw(jnp.zeros((4, 1000)), options, jnp.array([0, 1, 2, 3], jnp.int32))
     assert tokens.tolist() == GOLDEN_DRAWS
+
+
+WIDE_SEEDS = [2**32, 2**32 + 1, 1 << 40, -1, -(2**32), -(2**63), 2**63 - 1, 1796046869000]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, *WIDE_SEEDS])
+def test_a_seed_of_64_bits_is_jaxs_own_key(seed: int) -> None:
+    low, high = split_seed(seed)
+    with jax.enable_x64(True):
+        key = jax.random.key(jnp.int64(seed), impl="threefry2x32")
+    assert jax.random.key_data(key).tolist() == [high, low]
+    options = make_options(1, seed=low, seed_high=high)
+    for part in (0, 0, 5):  # prompt, sample, position
+        key = jax.random.fold_in(key, part)
+    noise = jax.random.gumbel(key, (1000,), jnp.float32)
+    drawn = draw(jnp.zeros((1, 1000)), options, jnp.array([5], jnp.int32))
+    assert int(drawn[0]) == int(jnp.argmax(noise))
+
+
+def test_seeds_of_64_bits_are_distinct() -> None:
+    seeds = [0, 1, 2**31, 2**32 - 1, *WIDE_SEEDS]
+    assert len({split_seed(seed) for seed in seeds}) == len(seeds)
+    assert split_seed(np.uint32(2**32 - 1)) == (2**32 - 1, 0)  # type: ignore[arg-type]
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
@@ -233,8 +258,8 @@ def test_log_probabilities_are_of_the_raw_distribution() -> None:
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
-        ("seed", -1),
-        ("seed", 2**32),
+        ("seed", -(2**63) - 1),
+        ("seed", 2**63),
         ("n", 0),
         ("stop", ("a", "")),
         ("logprobs", 21),

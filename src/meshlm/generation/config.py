@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import operator
 from typing import Literal
 
 from meshlm.core.errors import UsageError
 
 MAX_ALTERNATIVES = 20
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 
 FinishReason = Literal["stop", "length"]
 
@@ -28,7 +30,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     """Above 1, makes tokens of the prompt and of the output so far less probable."""
     seed: int = 0
-    """The same seed gives the same text; 0 to 4294967295."""
+    """The same seed gives the same text; any 64-bit integer, -2**63 to 2**63 - 1."""
     n: int = 1
     """Samples for each prompt."""
     stop: tuple[str, ...] = ()
@@ -63,7 +65,11 @@ class SamplingConfig:
             self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
             "give a number above 0 (1 means none)",
         )
-        self._check("seed", 0 <= self.seed < 2**32, f"give a number from 0 to {2**32 - 1}")
+        self._check(
+            "seed",
+            MIN_SEED <= self.seed <= MAX_SEED,
+            f"give a whole number from {MIN_SEED} to {MAX_SEED}",
+        )
         self._check("n", self.n >= 1, "give 1 or more")
         self._check("stop", all(self.stop), "give texts of at least one character")
         self._check(
@@ -77,6 +83,13 @@ class SamplingConfig:
             option = name if name == "n" else name.replace("_", "-")
             dashes = "-" if name == "n" else "--"
             raise UsageError(f"{dashes}{option} is {getattr(self, name)!r}: {remedy}")
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """Returns the low and the high 32 bits of a seed; a negative one is in two's complement."""
+    # A Python integer: numpy's have a width, beyond which they cannot be shifted.
+    whole = operator.index(seed)
+    return whole & 0xFFFFFFFF, whole >> 32 & 0xFFFFFFFF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

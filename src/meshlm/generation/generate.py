@@ -18,7 +18,7 @@ from meshlm.generation.buckets import (
     prefill_parts,
     row_bucket,
 )
-from meshlm.generation.config import FinishReason, Generation, SamplingConfig
+from meshlm.generation.config import FinishReason, Generation, SamplingConfig, split_seed
 from meshlm.generation.sampling import RowOptions
 from meshlm.generation.text import TextStream
 
@@ -309,8 +309,10 @@ def _row_options(
         return np.array(values + [0] * (num_rows - len(values)), np.int32)
 
     top_k = vocab_size if sampling.top_k is None else min(sampling.top_k, vocab_size)
+    low, high = split_seed(sampling.seed)
     return RowOptions(
-        seed=same(sampling.seed, np.uint32),
+        seed=same(low, np.uint32),
+        seed_high=same(high, np.uint32),
         prompt_index=column([row.prompt_index for row in rows]),
         sample_index=column([row.sample_index for row in rows]),
         temperature=same(sampling.temperature, np.float32),

@@ -43,6 +43,9 @@ class RowOptions:
     """The options of each row, and who the row is."""
 
     seed: UInt32[Array, "B"]
+    """The low 32 bits of the seed."""
+    seed_high: UInt32[Array, "B"]
+    """The high 32 bits: 0 for seeds from 0 to 2**32 - 1."""
     prompt_index: Int[Array, "B"]
     sample_index: Int[Array, "B"]
     temperature: Float[Array, "B"]
@@ -227,8 +230,9 @@ def draw(
     random_B = options.temperature > MIN_TEMPERATURE
 
     def noisy() -> jax.Array:
-        noise_BV = jax.vmap(lambda key: _noise(key, logits_BV.shape[1]))(
-            (options.seed, options.prompt_index, options.sample_index, positions_B)
+        words_B2 = jnp.stack([options.seed_high, options.seed], axis=-1)
+        noise_BV = jax.vmap(lambda identity: _noise(identity, logits_BV.shape[1]))(
+            (words_B2, options.prompt_index, options.sample_index, positions_B)
         )
         return jnp.where(random_B[:, None], logits_BV + noise_BV, logits_BV)
 
@@ -237,8 +241,9 @@ def draw(
 
 
 def _noise(identity: tuple[jax.Array, ...], size: int) -> Float[Array, "V"]:
-    seed, *parts = identity
-    key = jax.random.key(seed, impl="threefry2x32")
+    words, *parts = identity
+    # As jax.random.key makes a key of a 64-bit seed; of a 32-bit one the high word is 0.
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
     for part in parts:
         key = jax.random.fold_in(key, part)
     return jax.random.gumbel(key, (size,), jnp.float32)

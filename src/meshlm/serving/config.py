@@ -48,7 +48,7 @@ class Limits:
     """Prompts times samples of one request."""
     max_logprobs: int = MAX_ALTERNATIVES
     """Alternatives told with each token."""
-    max_stop: int = 4
+    max_stop: int = 16
     """Stop texts of one request."""
     max_stop_chars: int = 256
     """Characters of one stop text."""

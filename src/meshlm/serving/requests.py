@@ -37,7 +37,7 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     """Added to the logits of these ids; -100 or less forbids a token."""
     seed: int = 0
-    """0 to 4294967295. The random numbers depend on it, on the two indices and on the position."""
+    """-2**63 to 2**63 - 1. Random numbers depend on it, on the two indices and on the position."""
     prompt_index: int = 0
     sample_index: int = 0
     stop: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from meshlm.generation.config import split_seed
 from meshlm.generation.sampling import RowOptions
 from meshlm.serving.requests import Request
 from meshlm.serving.steps import RowSettings
@@ -27,9 +28,11 @@ def row_settings(requests: Sequence[Request | None], vocab_size: int) -> RowSett
     def column(values: Sequence[Any], dtype: type) -> Any:
         return np.array(values, dtype)
 
+    seeds = [split_seed(request.seed) for request in rows]
     return RowSettings(
         options=RowOptions(
-            seed=column([r.seed for r in rows], np.uint32),
+            seed=column([low for low, _ in seeds], np.uint32),
+            seed_high=column([high for _, high in seeds], np.uint32),
             prompt_index=column([r.prompt_index for r in rows], np.int32),
             sample_index=column([r.sample_index for r in rows], np.int32),
             temperature=column([r.temperature for r in rows], np.float32),

@@ -1,5 +1,6 @@
 """A request's body to a JSON object, within bounds: what is no plain JSON is refused cheaply."""
 
+import codecs
 import functools
 import json
 import math
@@ -47,6 +48,8 @@ async def read_object(request: Request, limits: Limits, context_length: int) -> 
 def parse_object(body: bytes, limits: Limits, context_length: int) -> dict[str, Any]:
     """Returns the JSON object in `body`; raises ValueError, with why, where there is none."""
     more_values = limits.max_prompts * context_length
+    # A byte-order mark before the object says UTF-8, and is no part of it.
+    body = body.removeprefix(codecs.BOM_UTF8)
     _check_bounds(body, MAX_CONTAINERS + limits.max_prompts, MAX_VALUES + more_values)
     max_keys = max(MAX_KEYS, limits.max_logit_bias)
     try:

@@ -53,7 +53,7 @@ def plan_chat(request: ChatRequest, vocabulary: Vocabulary, limits: Limits) -> P
     check_sampling(request, limits)
     check_range("top_logprobs", request.top_logprobs, 0, limits.max_logprobs)
     check_range("max_completion_tokens", request.max_completion_tokens, 0, None)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_field("top_logprobs", "top_logprobs is for logprobs: true only")
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise bad_field("max_tokens", "max_tokens and max_completion_tokens are one: give one")

@@ -107,10 +107,11 @@ def _plan(
 
 
 def _known(data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    for name in data:
+    given = {name: value for name, value in data.items() if value is not None}
+    for name in given:
         if name not in names:
             raise bad_field(name[:200], f"{name[:200]} is not supported here: leave it out")
-    return dict(data)
+    return given
 
 
 def _plain(name: str) -> str:

@@ -1,15 +1,34 @@
 """The requests of the API: every field that is honoured, strictly typed, every bound stated.
 
-A field that is not here is refused by name, so that nothing is ignored in silence. Only `user` and
-`metadata` are taken and not used.
+Another field is refused by name, unless it is null or has a neutral value (`neutral.py`): nothing
+that would change the answer is ignored. The fields in `UNUSED` are taken and not used.
 """
 
+import json
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
+from meshlm.generation.config import MAX_SEED, MIN_SEED
+from meshlm.serving.api.neutral import (
+    CHAT_NEUTRAL,
+    COMPLETION_NEUTRAL,
+    MESSAGE_NEUTRAL,
+    STREAM_OPTIONS_NEUTRAL,
+    TEXT_PART_NEUTRAL,
+    Neutral,
+    is_neutral,
+)
 from meshlm.serving.config import Limits
 from meshlm.serving.errors import ApiError, bad_field
 
@@ -32,14 +51,40 @@ StopField = Annotated[Any, WithJsonSchema(_STOP)]
 
 
 class Strict(BaseModel):
-    """A model that neither converts a value nor lets an unknown field pass."""
+    """A model that neither converts a value nor lets an unknown field pass, unless it is null."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[Neutral] = {}
+    """Fields beside the model's own, and the values at which they are taken as left out."""
+
+    @classmethod
+    def is_left_out(cls, name: str, value: Any) -> bool:
+        """Returns whether a field that is not the model's own asks for nothing."""
+        return name not in cls.model_fields and is_neutral(value, cls.neutral.get(name, ()))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if not cls.is_left_out(name, value)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """Returns the schema with the neutral values too."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, values in cls.neutral.items():
+            schema["properties"][name] = {
+                "enum": [*values, None],
+                "description": "Not honoured: taken as left out at these values.",
+            }
+        return schema
 
 
 class StreamOptions(Strict):
     """How a stream is given."""
 
+    neutral: ClassVar[Neutral] = STREAM_OPTIONS_NEUTRAL
     include_usage: bool | None = None
 
 
@@ -55,8 +100,10 @@ class SamplingFields(Strict):
     min_p: float | None = None
     n: int | None = None
     presence_penalty: float | None = None
+    prompt_cache_key: str | None = None
     repetition_penalty: float | None = None
     return_token_ids: bool | None = None
+    safety_identifier: str | None = None
     seed: int | None = None
     stop: StopField = None
     stream: bool | None = None
@@ -71,39 +118,52 @@ class SamplingFields(Strict):
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
+    neutral: ClassVar[Neutral] = COMPLETION_NEUTRAL
     prompt: PromptField = None
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    suffix: None = None
 
 
 class TextPart(Strict):
     """A part of a message."""
 
+    neutral: ClassVar[Neutral] = TEXT_PART_NEUTRAL
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Strict):
-    """One message. Empty fields of an answer that a client sends back are taken."""
+    """One message. The empty fields of an answer that a client sends back are taken."""
 
+    neutral: ClassVar[Neutral] = MESSAGE_NEUTRAL
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
-    refusal: None = None
-    tool_calls: None = None
+    id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_nothing(cls, data: Any) -> Any:
+        """An answer without content, which a client may send back, is an empty text."""
+        is_answer = isinstance(data, dict) and data.get("role") == "assistant"
+        return data | {"content": ""} if is_answer and data.get("content") is None else data
 
 
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
+    neutral: ClassVar[Neutral] = CHAT_NEUTRAL
     messages: Annotated[list[ChatMessage], FailFast()]
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
     top_logprobs: int | None = None
+
+
+UNUSED = {
+    SamplingFields: ("user", "metadata", "safety_identifier", "prompt_cache_key"),
+    ChatMessage: ("id", "name"),
+}
 
 
 class TokenizeRequest(Strict):
@@ -132,9 +192,9 @@ def read_fields(kind: type[AnyRequest], data: Mapping[str, Any]) -> AnyRequest:
     Raises:
         ApiError: 400 that names the first field that is unknown, missing or of another type.
     """
-    for name in data:
-        if name not in kind.model_fields:
-            raise _unsupported(name)
+    for name, value in data.items():
+        if name not in kind.model_fields and not kind.is_left_out(name, value):
+            raise _unsupported(name, kind.neutral)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -149,13 +209,14 @@ def check_sampling(request: SamplingFields, limits: Limits) -> None:
     check_range("repetition_penalty", request.repetition_penalty, 0.01, 100)
     check_range("presence_penalty", request.presence_penalty, -2, 2)
     check_range("frequency_penalty", request.frequency_penalty, -2, 2)
-    check_range("seed", request.seed, 0, 2**32 - 1)
+    check_range("seed", request.seed, MIN_SEED, MAX_SEED)
     check_range("max_tokens", request.max_tokens, 0, None)
     check_range("top_k", request.top_k, -1, None)
     check_range("truncate_prompt_tokens", request.truncate_prompt_tokens, 1, None)
     if request.top_p is not None and not 0 < request.top_p <= 1:
         raise bad_field("top_p", f"top_p is {request.top_p!r}: give a number above 0 and at most 1")
-    if request.stream_options is not None and not request.stream:
+    options = request.stream_options
+    if options is not None and options.include_usage and not request.stream:
         raise bad_field("stream_options", "stream_options is for stream: true only")
 
 
@@ -226,16 +287,21 @@ def _explain(error: ValidationError) -> ApiError:
     name = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in loc)[1:]
     if first["type"] == "missing":
         return bad_field(name, f"{name} is missing")
-    if first["type"] in ("extra_forbidden", "none_required"):
-        return _unsupported(name)
+    if first["type"] == "extra_forbidden":
+        return _unsupported(name, _NESTED)
     wanted = first["msg"][:1].lower() + first["msg"][1:].split(" or instance")[0]
     return bad_field(name[:200], f"{name[:200]} is {shorten(first['input'])}: {wanted}")
 
 
-def _unsupported(name: str) -> ApiError:
-    return bad_field(name[:200], f"{name[:200]} is not supported here: leave it out")
+def _unsupported(name: str, known: Neutral) -> ApiError:
+    """Returns the 400 for a field that is not honoured; `known` has the neutral values of some."""
+    values = known.get(name.rpartition(".")[2], ())
+    or_give = f", or give {json.dumps(values[0])}" if values else ""
+    return bad_field(name[:200], f"{name[:200]} is not supported here: leave it out{or_give}")
 
 
+# Of fields inside of others.
+_NESTED = {**MESSAGE_NEUTRAL, **TEXT_PART_NEUTRAL, **STREAM_OPTIONS_NEUTRAL}
 # How pydantic names the second kind of a message's content.
 _PARTS = "list[TextPart]"
 _SHORT = reprlib.Repr()

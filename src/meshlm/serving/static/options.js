@@ -46,14 +46,13 @@ export const BOUNDS = [
   { name: "logprobs", least: 0, most: 20, step: 1 },
 ];
 
-export const MAX_SEED = 2 ** 32 - 1;
 /**
  * How many stop texts there may be, and how long each.
  * @typedef {{most: number, characters: number}} StopBounds
  */
 
 /** @type {Readonly<StopBounds>} */
-export const STOP_BOUNDS = { most: 4, characters: 256 };
+export const STOP_BOUNDS = { most: 16, characters: 256 };
 
 /**
  * Returns settings from anything: what is missing or wrong is as in DEFAULTS, what is too large or
@@ -96,11 +95,13 @@ export function fitted(bound, value) {
 }
 
 /**
+ * Returns whether a value is a seed. The server takes any 64-bit integer, the page those that a
+ * number holds exactly.
  * @param {unknown} value
  * @returns {value is number}
  */
 export function isSeed(value) {
-  return typeof value === "number" && Number.isInteger(value) && value >= 0 && value <= MAX_SEED;
+  return Number.isSafeInteger(value);
 }
 
 /** Returns a seed drawn at random. */
