@@ -370,9 +370,12 @@ def test_a_damaged_checkpoint_is_passed_over(meshlm, run, run_of_10, how):
         data.unlink()
     else:
         (step / "manifest.json").unlink()
+    suspected = {p.name: p.read_bytes() for p in step.rglob("*") if p.is_file()}
     code, out, _ = meshlm("train", "--run", run, "--sample-every", "0", "--eval-every", "5")
     assert code == 0
-    assert "checkpoints of steps 10 are damaged: going on from step 8" in out
+    assert "checkpoints of steps 10 are damaged: going on from step 8; the next save moves" in out
+    aside = run / "checkpoints" / "aside" / "step_10"
+    assert {p.name: p.read_bytes() for p in aside.rglob("*") if p.is_file()} == suspected
     assert "going on from step 8" in (run / "log.txt").read_text()
     assert_same_run(run, run_of_10, 10)
 

@@ -137,9 +137,9 @@ def test_a_file_is_added_to_the_manifest(tmp_path):
 def test_retention_waits_for_a_reader(tmp_path):
     folder = save(tmp_path / "run")
     reader = LayerReader(folder)
-    assert not checkpoint.folder.delete_step(tmp_path / "run", 7)
+    assert not checkpoint.folder.delete_step(tmp_path / "run", folder)
     del reader
-    assert checkpoint.folder.delete_step(tmp_path / "run", 7)
+    assert checkpoint.folder.delete_step(tmp_path / "run", folder)
 
 
 MEASURE = """

@@ -13,6 +13,16 @@ Whatever is older and no longer kept is renamed to `.deleted-step_N` before it i
 that start with a dot are leftovers of a killed process: readers ignore them, `clean_leftovers`
 removes them.
 
+Only what the manifest lists is a checkpoint's: it is damaged where one of these files is missing or
+changed, or where there is another one under a name that Orbax or TensorStore would read. All other
+files, those of file managers and editors, say, are harmless: they are told of and left alone. A
+file that cannot be read for the moment (OSError) is an error, and no damage.
+
+A step that a run passed over is moved to `aside/step_N` by the first save after it (`step_N.1`
+where that name is taken). Nothing looks for steps there. It is deleted when retention would have
+deleted a good step N: when `keep` newer ones are complete, and for a multiple of `keep_every` when
+another step N is.
+
 `manifest.json` is canonical JSON (sorted keys, indent 1) with its own SHA-256 under `sha256`, taken
 over the same JSON without that key. A version above this one's is refused.
 
@@ -35,6 +45,7 @@ from meshlm.checkpoint.folder import (
     latest_complete,
     step_of,
     step_path,
+    steps_aside,
 )
 from meshlm.checkpoint.layers import LayerReader, LayerWriter, add_file
 from meshlm.checkpoint.manifest import (
@@ -45,9 +56,17 @@ from meshlm.checkpoint.manifest import (
     Manifest,
     read_files,
     read_manifest,
+    stray_files,
     verify,
 )
-from meshlm.checkpoint.restoring import Restored, latest_good, restore, restore_latest
+from meshlm.checkpoint.restoring import (
+    Restored,
+    describe_strays,
+    find_damage,
+    latest_good,
+    restore,
+    restore_latest,
+)
 from meshlm.checkpoint.saving import Checkpointer, is_layer_stack
 
 __all__ = [
@@ -64,7 +83,9 @@ __all__ = [
     "check_free_disk",
     "clean_leftovers",
     "complete_steps",
+    "describe_strays",
     "estimate_bytes",
+    "find_damage",
     "is_layer_stack",
     "latest_complete",
     "latest_good",
@@ -74,5 +95,7 @@ __all__ = [
     "restore_latest",
     "step_of",
     "step_path",
+    "steps_aside",
+    "stray_files",
     "verify",
 ]

@@ -1,8 +1,14 @@
-"""The folder of checkpoints: names, listing, and deletes that a crash cannot make half visible."""
+"""The folder of checkpoints: names, listing, and deletes that a crash cannot make half visible.
+
+A step that a run passed over, because it was found damaged, is moved into the folder `aside` and
+never deleted for that: it goes when retention would have deleted a good one of its number.
+"""
 
 import contextlib
+import errno
 import fcntl
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,8 +18,10 @@ from meshlm.core.files import sync_folder
 
 MANIFEST_NAME = "manifest.json"
 ARRAYS_NAME = "arrays"
+ASIDE_NAME = "aside"
 
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_ASIDE = re.compile(_STEP.pattern + r"(\.[1-9][0-9]*)?")
 _SAVING, _DELETED, _REPLACED = ".saving-", ".deleted-", ".replaced-"
 
 _log = logging.getLogger(__name__)
@@ -39,11 +47,39 @@ def step_of(path: Path) -> int | None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Every `step_N` folder, oldest first, whether or not its manifest is still there."""
-    if not folder.is_dir():
+    """Every `step_N` folder, oldest first, whether or not its manifest is still there.
+
+    Raises:
+        OSError: the folder is there and cannot be read now, which is not to be taken for empty.
+    """
+    return sorted(int(match[1]) for match, _ in _folders_named(folder, _STEP))
+
+
+def steps_aside(folder: Path) -> list[tuple[int, Path]]:
+    """Every step that was set aside, oldest first, and where it is."""
+    return sorted(
+        (int(match[1]), path) for match, path in _folders_named(folder / ASIDE_NAME, _ASIDE)
+    )
+
+
+def _folders_named(folder: Path, name: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = [(name.fullmatch(entry.name), entry) for entry in entries]
+            return [
+                (match, Path(entry.path)) for match, entry in found if match and _is_folder(entry)
+            ]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = (step_of(path) for path in folder.iterdir() if path.is_dir())
-    return sorted(step for step in steps if step is not None)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -69,16 +105,32 @@ def publish(folder: Path, step: int, finished: Path) -> None:
         remove_tree(replaced)
 
 
-def delete_step(folder: Path, step: int) -> bool:
+def set_aside(folder: Path, path: Path) -> Path:
+    """Moves what may be a checkpoint into `aside`, whatever is in it, and returns where it is."""
+    aside = folder / ASIDE_NAME
+    aside.mkdir(exist_ok=True)
+    name = path.name.removeprefix(_REPLACED)
+    places = (aside / name, *(aside / f"{name}.{number}" for number in range(1, 1000)))
+    place = next(place for place in places if not os.path.lexists(place))
+    path.rename(place)
+    sync_folder(aside)
+    sync_folder(folder)
+    return place
+
+
+def delete_step(folder: Path, path: Path) -> bool:
     """True when a step was deleted; False when a reader holds it, or the system refused.
 
     The name goes first, so a crash leaves a leftover and never a half deleted step.
+
+    Args:
+        path: of the step, in `folder` or set aside.
     """
-    path = step_path(folder, step)
     doomed = folder / f"{_DELETED}{path.name}"
     try:
         with _exclusive(path):
             path.rename(doomed)
+        sync_folder(path.parent)
         sync_folder(folder)
     except OSError as error:
         _log.info("checkpoint %s stays for now: %s", path, error)
@@ -98,15 +150,20 @@ def clean_leftovers(folder: Path) -> None:
             if _STEP.fullmatch(name) and not (folder / name).exists():
                 path.rename(folder / name)
                 sync_folder(folder)
-                continue
-        if path.name.startswith((_SAVING, _DELETED, _REPLACED)):
+            elif _STEP.fullmatch(name):
+                set_aside(folder, path)
+            continue
+        if path.name.startswith((_SAVING, _DELETED)):
             remove_tree(path)
 
 
 def remove_tree(path: Path) -> None:
     """Removes a folder of ours; what cannot be removed is logged and left for the next start."""
     try:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -132,7 +189,7 @@ def _exclusive(step_folder: Path) -> Iterator[None]:
     try:
         file = open(step_folder / MANIFEST_NAME, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        yield  # damaged: it has no manifest, so nobody reads it
+        yield  # it has no manifest, so nobody reads it
         return
     with file:
         try:

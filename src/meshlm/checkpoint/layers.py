@@ -89,7 +89,8 @@ class LayerReader:
         """Chunks that are not there read as zeros: a few bytes could ask for any memory."""
         sizes = [_num_bytes(info) for info in self._manifest.arrays.values()]
         promised = sum(size for size in sizes if size > _SMALL_BYTES)
-        there = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+        paths = [self._folder / name for name in self._manifest.files]
+        there = sum(path.stat().st_size for path in paths if path.is_file())
         if promised > there * _SLACK:
             raise BadInputError(
                 f"checkpoint {self._folder}: its arrays have {promised:,} bytes and its files "

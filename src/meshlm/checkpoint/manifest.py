@@ -1,22 +1,31 @@
 """`manifest.json`: what a checkpoint holds, and the check that it still holds it."""
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.core.files import sync_folder
+from meshlm.core.files import is_litter, open_plain, read, sync_folder
 
 FORMAT_NAME = "meshlm-checkpoint"
 FORMAT_VERSION = 1
 
+# What Orbax and TensorStore look for by name. They follow names from one file to the next and read
+# no others: what has another name changes no number. tests/unit/test_stray_files.py tries it.
+_READ_BY_NAME = re.compile(
+    rf"{ARRAYS_NAME}/(_[A-Z_]+|orbax\.checkpoint|commit_success\.txt"
+    r"|state(/(_METADATA|_sharding|array_metadatas(/process_[^/]*)?"
+    r"|(ocdbt\.process_[^/]+/)?(manifest\.(ocdbt|[0-9a-f]{16})|d/[0-9a-f]{32})))?)"
+)
 _RECORDED_LIBRARIES = ("meshlm", "jax", "jaxlib", "numpy", "orbax-checkpoint")
 _HASH_THREADS = 4
 
@@ -74,7 +83,7 @@ class Damage:
 
     file: str
     kind: str
-    """missing, changed or unexpected"""
+    """missing, changed or unexpected: not in the manifest, but under a name that is read"""
     detail: str = ""
 
     def __str__(self) -> str:
@@ -86,20 +95,21 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _RECORDED_LIBRARIES}
 
 
-def hash_files(folder: Path, *, sync: bool = False) -> dict[str, FileInfo]:
-    """Length and SHA-256 of every file under a folder but its manifest, read once.
+def hash_files(folder: Path, small_files: Iterable[str]) -> dict[str, FileInfo]:
+    """Length and SHA-256 of the small files and of all below `arrays`, read once and on disk.
 
-    With `sync` each file and folder is on disk when this returns.
+    What a file manager leaves there in the meantime is none of the checkpoint's.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = [p.relative_to(folder).as_posix() for p in paths]
-    wanted = [(n, p) for n, p in zip(names, paths, strict=True) if n != MANIFEST_NAME]
+    found = (name for name, is_folder in _walk(folder) if not is_folder)
+    names = sorted(
+        {*small_files}
+        | {n for n in found if n.startswith(f"{ARRAYS_NAME}/") and not _is_foreign(n)}
+    )
     with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="checkpoint-hash") as pool:
-        infos = list(pool.map(lambda item: _hash_file(item[1], sync), wanted))
-    if sync:
-        for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            sync_folder(path)
-    return {name: info for (name, _), info in zip(wanted, infos, strict=True)}
+        infos = list(pool.map(lambda name: _hash_file(folder / name, sync=True), names))
+    for name in (".", *(name for name, is_folder in _walk(folder) if is_folder)):
+        sync_folder(folder / name)
+    return dict(zip(names, infos, strict=True))
 
 
 def hash_bytes(data: bytes) -> FileInfo:
@@ -114,7 +124,7 @@ def read_manifest(step_folder: Path) -> Manifest:
     of a newer format version.
     """
     try:
-        data = (step_folder / MANIFEST_NAME).read_bytes()
+        data = read(step_folder / MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"no checkpoint at {step_folder}: it has no {MANIFEST_NAME}; give a step_N folder"
@@ -133,20 +143,55 @@ def read_manifest(step_folder: Path) -> Manifest:
 
 
 def verify(step_folder: Path) -> list[Damage]:
-    """Every file that is missing, changed or unexpected, all bytes re-read; empty when it is good.
+    """Every file of the checkpoint that is missing or changed, all bytes re-read; empty when good.
 
-    Raises: UsageError where there is no such folder; BadInputError for a newer format version.
+    Other files are damage only where they would be read in place of its own; see `stray_files`.
+
+    Raises:
+        UsageError: there is no such folder.
+        BadInputError: the format version is newer.
+        OSError: a file cannot be read now; that says nothing about what is in it.
     """
     if not step_folder.is_dir():
         raise UsageError(f"no checkpoint at {step_folder}; give a step_N folder")
-    if not (step_folder / MANIFEST_NAME).is_file():
+    try:
+        data = read(step_folder / MANIFEST_NAME)
+    except FileNotFoundError:
         return [Damage(file=MANIFEST_NAME, kind="missing")]
+    except (UsageError, IsADirectoryError):
+        return [Damage(file=MANIFEST_NAME, kind="changed", detail="it is no file")]
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return [Damage(file=MANIFEST_NAME, kind="changed", detail="it is a link to itself")]
+    if _unseal(data) is None:
+        return [Damage(file=MANIFEST_NAME, kind="changed", detail="its own checksum is wrong")]
     with reading(step_folder):
-        if _unseal((step_folder / MANIFEST_NAME).read_bytes()) is None:
-            return [Damage(file=MANIFEST_NAME, kind="changed", detail="its own checksum is wrong")]
         wanted = read_manifest(step_folder).files
-        found = hash_files(step_folder)
-    return list(_differences(wanted, found))
+        with ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="checkpoint-hash") as pool:
+            compared = pool.map(lambda name: _compare(step_folder, name, wanted[name]), wanted)
+            damage = [one for one in compared if one is not None]
+        damage += [
+            Damage(file=name, kind="unexpected")
+            for name, is_folder in _walk(step_folder)
+            if _READ_BY_NAME.fullmatch(name)
+            and not _is_of(wanted, name)
+            and not (is_folder and name.endswith("/array_metadatas"))
+        ]
+    return sorted(damage, key=lambda one: one.file)
+
+
+def stray_files(step_folder: Path) -> list[str]:
+    """Names of the files that are none of the checkpoint's and are never read, in order.
+
+    Raises: as `read_manifest`.
+    """
+    known = {*read_manifest(step_folder).files, MANIFEST_NAME}
+    return sorted(
+        name
+        for name, is_folder in _walk(step_folder)
+        if not (is_folder or name in known or _READ_BY_NAME.fullmatch(name))
+    )
 
 
 def read_files(step_folder: Path) -> dict[str, bytes]:
@@ -159,8 +204,10 @@ def read_files(step_folder: Path) -> dict[str, bytes]:
     for name, info in manifest.files.items():
         if "/" in name:
             continue
-        path = step_folder / name
-        data = path.read_bytes() if path.is_file() else None
+        try:
+            data = read(step_folder / name)
+        except FileNotFoundError:
+            data = None
         if data is None or hashlib.sha256(data).hexdigest() != info.sha256:
             kind = "missing" if data is None else "changed"
             raise BadInputError(f"checkpoint {step_folder}: {name} is {kind}; use another step")
@@ -175,21 +222,57 @@ def check_file_names(names: Iterable[str]) -> None:
             raise ValueError(f"file name {name!r} cannot be used in a checkpoint; choose another")
 
 
-def _differences(wanted: Mapping[str, FileInfo], found: Mapping[str, FileInfo]) -> Iterable[Damage]:
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            yield Damage(file=name, kind="missing")
-        elif name not in wanted:
-            yield Damage(file=name, kind="unexpected")
-        elif found[name].num_bytes != wanted[name].num_bytes:
-            lengths = f"{found[name].num_bytes} bytes instead of {wanted[name].num_bytes}"
-            yield Damage(file=name, kind="changed", detail=lengths)
-        elif found[name].sha256 != wanted[name].sha256:
-            yield Damage(file=name, kind="changed", detail="its checksum is wrong")
+def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Yields the name of everything below a folder, and whether it is a folder; links are none.
+
+    Raises:
+        OSError: a folder cannot be read now. (`Path.rglob` would leave it out.)
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for path, folders, names in os.walk(folder, onerror=fail):
+        here = PurePosixPath(os.path.relpath(path, folder))
+        for name in (*folders, *names):
+            is_folder = name in folders and not os.path.islink(os.path.join(path, name))
+            yield str(here / name), is_folder
 
 
-def _hash_file(path: Path, sync: bool) -> FileInfo:
-    with open(path, "rb") as file:
+def _is_foreign(name: str) -> bool:
+    """Whether no file of Orbax's or TensorStore's is named so."""
+    return any(part.startswith(".") or is_litter(part) for part in name.split("/"))
+
+
+def _is_of(wanted: Mapping[str, FileInfo], name: str) -> bool:
+    """Whether a name is one of a checkpoint's files, or a folder of one."""
+    return name in wanted or any(other.startswith(f"{name}/") for other in wanted)
+
+
+def _compare(step_folder: Path, name: str, wanted: FileInfo) -> Damage | None:
+    parts = PurePosixPath(name).parts
+    if PurePosixPath(name).is_absolute() or ".." in parts:
+        return Damage(file=name, kind="missing")
+    try:
+        found = _hash_file(step_folder / name)
+    except (FileNotFoundError, NotADirectoryError):
+        return Damage(file=name, kind="missing")
+    except (UsageError, IsADirectoryError):
+        return Damage(file=name, kind="changed", detail="it is no file")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return Damage(file=name, kind="changed", detail="it is a link to itself")
+    if found.num_bytes != wanted.num_bytes:
+        lengths = f"{found.num_bytes} bytes instead of {wanted.num_bytes}"
+        return Damage(file=name, kind="changed", detail=lengths)
+    if found.sha256 != wanted.sha256:
+        return Damage(file=name, kind="changed", detail="its checksum is wrong")
+    return None
+
+
+def _hash_file(path: Path, *, sync: bool = False) -> FileInfo:
+    with open_plain(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if sync:
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """Restoring onto any mesh, and finding the newest step that is worth restoring."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,14 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from meshlm.checkpoint.folder import ARRAYS_NAME, reading, step_of, step_path, steps_in
-from meshlm.checkpoint.manifest import ArrayInfo, Damage, read_files, read_manifest, verify
+from meshlm.checkpoint.manifest import (
+    ArrayInfo,
+    Damage,
+    read_files,
+    read_manifest,
+    stray_files,
+    verify,
+)
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.processes import share
 
@@ -47,7 +54,7 @@ def restore(
     _refuse_difference(step_folder, read_manifest(step_folder).arrays, abstract, subset)
     with reading(step_folder):
         if check:
-            _refuse_damage(step_folder, verify(step_folder))
+            _refuse_damage(step_folder, find_damage(step_folder))
         context = ocp.Context()
         context.pytree.loading.partial_load = subset
         try:
@@ -65,7 +72,9 @@ def latest_good(folder: Path) -> Path | None:
     A damaged step is warned about, by the files, and passed over. A step that retention has taken
     away since it was listed has a newer one in its place.
 
-    Raises: BadInputError when every step is damaged, or the newest is of a newer format.
+    Raises:
+        BadInputError: every step is damaged, or the newest is of a newer format.
+        OSError: a file cannot be read now: that is not damage, and no older step is taken for it.
     """
     reports = []
     for step in reversed(steps_in(folder)):
@@ -80,15 +89,30 @@ def latest_good(folder: Path) -> Path | None:
     if reports:
         raise BadInputError(
             f"every checkpoint in {folder} is damaged ({'; '.join(reports)}); "
-            "delete the folder to start anew"
+            "restore one from a copy, or move the folder away to start anew"
         )
     return None
+
+
+def find_damage(step_folder: Path) -> list[Damage]:
+    """Returns what `verify` finds. Files that are none of a good checkpoint's are warned about."""
+    damage = verify(step_folder)
+    strays = [] if damage else stray_files(step_folder)
+    if strays:
+        _log.warning("checkpoint %s is good; %s", step_folder, describe_strays(strays))
+    return damage
+
+
+def describe_strays(strays: Sequence[str]) -> str:
+    """Returns what is said of files in a checkpoint that are none of its own."""
+    more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+    return f"not part of it, and not read: {', '.join(strays[:3])}{more}"
 
 
 def _damage_unless_gone(step_folder: Path) -> list[Damage] | None:
     """Returns what `verify` finds; None where the step is no longer there."""
     try:
-        damage = verify(step_folder)
+        damage = find_damage(step_folder)
     except (UsageError, OSError):
         if step_folder.is_dir():
             raise

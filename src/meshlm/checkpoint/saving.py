@@ -1,5 +1,6 @@
 """Saving in the background: `Checkpointer`."""
 
+import contextlib
 import errno
 import functools
 import logging
@@ -18,9 +19,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from meshlm.checkpoint.disk import steps_kept
+from meshlm.checkpoint.disk import is_superseded, steps_kept
 from meshlm.checkpoint.folder import (
     ARRAYS_NAME,
+    ASIDE_NAME,
     MANIFEST_NAME,
     clean_leftovers,
     complete_steps,
@@ -28,6 +30,9 @@ from meshlm.checkpoint.folder import (
     publish,
     remove_tree,
     saving_path,
+    set_aside,
+    step_path,
+    steps_aside,
     steps_in,
 )
 from meshlm.checkpoint.manifest import (
@@ -77,8 +82,13 @@ class Checkpointer:
         *,
         keep: int = 3,
         keep_every: int | None = None,
+        resumed: int | None = None,
         is_stacked: Callable[[str], bool] = is_layer_stack,
     ) -> None:
+        """Args:
+        resumed: the step that the arrays were restored from. Steps above it that are there already
+            were passed over: the first save sets them aside. None: those from the first saved on.
+        """
         if keep < 1:
             raise UsageError(f"--keep {keep}: at least 1 checkpoint must be kept")
         if keep_every is not None and keep_every < 1:
@@ -86,6 +96,8 @@ class Checkpointer:
         self._folder = folder.absolute()
         self._keep = keep
         self._keep_every = keep_every
+        self._resumed = resumed
+        self._saved: set[int] = set()
         self._is_stacked = is_stacked
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -100,8 +112,8 @@ class Checkpointer:
     ) -> None:
         """Begins to save a step and returns as soon as the arrays may be donated or overwritten.
 
-        It first waits for the save before it. A step that is already there is replaced, and later
-        steps are deleted: they belong to a past that is being written anew.
+        It first waits for the save before it. A step that was there before and is not below this
+        one belongs to a past that is being written anew, and may be damaged: it is set aside.
 
         Raises: MeshLMError when an earlier save failed (this one has begun all the same), or when
         this one could not begin, in every process alike. Either way older checkpoints are as they
@@ -217,7 +229,7 @@ class Checkpointer:
             tell(self._failure_key(), str(self.last_error))
             return
         if jax.process_index() == 0:
-            self._apply_retention(step)
+            self._apply_retention()
 
     def _decide(self, save: _Save) -> bool:
         """Returns whether the caller is the first to say how a save ends."""
@@ -231,21 +243,40 @@ class Checkpointer:
     ) -> None:
         seal(save.folder, save.step, arrays, files)
         failpoint("before-rename")
+        self._set_others_aside(save.step)
         publish(self._folder, save.step, save.folder)
+        self._saved.add(save.step)
         failpoint("after-rename")
 
-    def _apply_retention(self, newest: int) -> None:
-        steps = steps_in(self._folder)
-        later = [s for s in steps if s > newest]
-        if later:
-            _log.warning(
-                "checkpoints of steps %s are from a past beyond step %d: deleted", later, newest
-            )
-        past = [s for s in steps if s <= newest]
-        kept = steps_kept(past, keep=self._keep, keep_every=self._keep_every)
-        for step in steps:
-            if step not in kept:
-                delete_step(self._folder, step)
+    def _set_others_aside(self, step: int) -> None:
+        """Moves steps away that are of no past of this one's; nothing is deleted for a doubt."""
+        last = step - 1 if self._resumed is None else self._resumed
+        for other in steps_in(self._folder):
+            if other > last and other not in self._saved:
+                place = set_aside(self._folder, step_path(self._folder, other))
+                _log.warning(
+                    "the checkpoint of step %d was passed over and is now %s: delete it if you do "
+                    "not need it, or it goes once --keep (%d) newer ones are there",
+                    other,
+                    place,
+                    self._keep,
+                )
+
+    def _apply_retention(self) -> None:
+        rules = {"keep": self._keep, "keep_every": self._keep_every}
+        complete = complete_steps(self._folder)
+        kept = steps_kept(complete, **rules)
+        in_doubt = [
+            *((s, step_path(self._folder, s)) for s in steps_in(self._folder) if s not in complete),
+            *steps_aside(self._folder),
+        ]
+        for path in (
+            *(step_path(self._folder, step) for step in complete if step not in kept),
+            *(path for step, path in in_doubt if is_superseded(step, complete, **rules)),
+        ):
+            delete_step(self._folder, path)
+        with contextlib.suppress(OSError):
+            (self._folder / ASIDE_NAME).rmdir()  # where nothing is left in it
 
     def _finish(self) -> MeshLMError | None:
         """Joins the save under way; the error that nobody has been told of, or None."""
@@ -305,7 +336,7 @@ def seal(
         step=step,
         versions=library_versions(),
         arrays=arrays,
-        files=hash_files(folder, sync=True),
+        files=hash_files(folder, files),
     )
     failpoint("before-manifest")
     write_new(folder / MANIFEST_NAME, manifest.to_json())

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from meshlm.checkpoint import step_path, verify
+from meshlm.checkpoint import describe_strays, step_path, steps_aside, stray_files, verify
 from meshlm.checkpoint.folder import steps_in
-from meshlm.checkpoint.manifest import MANIFEST_NAME
+from meshlm.checkpoint.manifest import MANIFEST_NAME, Damage
 from meshlm.conversion.certificate import CERTIFICATE_FILE
 from meshlm.conversion.opening import kind_of, open_source
 from meshlm.conversion.proof import check_all
@@ -51,6 +51,8 @@ def run(config: Config) -> None:
         return
     if not steps:
         raise UsageError(f"{path} has no finished checkpoint to verify")
+    for _, aside in steps_aside(steps[0].parent):
+        print(f"{aside}: passed over by the run and set aside; verify it by its own path")
     damaged = [f"{step.name}/{d}" for step in steps for d in _verify(step)]
     if damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
@@ -85,7 +87,9 @@ def _checkpoints(path: Path) -> list[Path] | None:
     return None if (path / MANIFEST_NAME).exists() or path.is_dir() else []
 
 
-def _verify(step: Path):
+def _verify(step: Path) -> list[Damage]:
     damage = verify(step)
-    print(f"{step}: {f'{len(damage)} damaged' if damage else 'good'}")
+    strays = [] if damage else stray_files(step)
+    note = f" ({describe_strays(strays)})" if strays else ""
+    print(f"{step}: {f'{len(damage)} damaged' if damage else 'good'}{note}")
     return damage

@@ -69,7 +69,7 @@ def open_native(path: Path) -> Source:
         BadInputError: it is damaged, or its files do not fit each other.
     """
     folder, is_checked, reader = _open_checkpoint(path)
-    damage = [] if is_checked else checkpoint.verify(folder)
+    damage = [] if is_checked else checkpoint.find_damage(folder)
     if damage:
         more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
         shown = ", ".join(map(str, damage[:3]))

@@ -7,6 +7,7 @@ links: where a run lies is the user's choice.
 """
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
@@ -98,11 +99,18 @@ def read(path: Path) -> bytes:
         FileNotFoundError: it is not there.
         UsageError: it is a named pipe, which would be waited for, or another thing without an end.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        what = _kind(os.fstat(file.fileno()).st_mode)
-        if what is not None:
-            raise UsageError(f"{path} is {what} and no file: delete it, or choose another folder")
+    with open_plain(path) as file:
         return file.read()
+
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """Returns a file, open for reading. Raises as `read`."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    what = _kind(os.fstat(file.fileno()).st_mode)
+    if what is not None:
+        file.close()
+        raise UsageError(f"{path} is {what} and no file: delete it, or choose another folder")
+    return file
 
 
 def open_folder(path: Path) -> int:

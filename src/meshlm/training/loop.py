@@ -17,7 +17,7 @@ from meshlm.checkpoint import (
     restore_latest,
     step_path,
 )
-from meshlm.checkpoint.folder import steps_in
+from meshlm.checkpoint.folder import ASIDE_NAME, steps_in
 from meshlm.core import processes
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.platform import device_facts
@@ -139,9 +139,6 @@ class _Run:
         self.validator = Validator(stores, record, self.step_config, mesh, config.eval_tokens)
         self.abstract = abstract_state(self.step_config, mesh)
         self.checkpoints = config.run / CHECKPOINTS_FOLDER
-        self.checkpointer = Checkpointer(
-            self.checkpoints, keep=config.keep, keep_every=config.keep_every
-        )
         self.noise = NoiseScale()
         self.flops_per_token = flops_per_token(record.model, record.seq_len)
         facts = device_facts()
@@ -162,6 +159,12 @@ class _Run:
                 f"{self.config.run} has done: give more, or leave it out"
             )
         self._check_disk(start)
+        self.checkpointer = Checkpointer(
+            self.checkpoints,
+            keep=self.config.keep,
+            keep_every=self.config.keep_every,
+            resumed=start,
+        )
         config_json = write_config(self.config.run, self.record, self.config)
         self.files = {CONFIG_FILE: config_json, "tokenizer.json": self.tokenizer.to_json()}
         self.output = RunOutput(
@@ -201,7 +204,7 @@ class _Run:
         if later:
             self.passed_over = (
                 f"checkpoints of steps {', '.join(map(str, later))} are damaged: going on from "
-                f"step {restored.step}"
+                f"step {restored.step}; the next save moves them to {self.checkpoints / ASIDE_NAME}"
             )
         return from_named(self.abstract, restored.arrays), restored.step
 
@@ -246,6 +249,7 @@ class _Run:
             [*saves, *([last] if last > start else [])],
             keep=self.config.keep,
             keep_every=self.config.keep_every,
+            resumed=start,
         )
 
     def _loop(self, state: TrainState, start: int, signals: StopSignals) -> int:
