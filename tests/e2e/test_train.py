@@ -90,6 +90,28 @@ def test_killed_and_run_again(straight, cli, compiled, tmp_path):
     assert not list((run / "checkpoints").glob(".*"))
 
 
+def test_a_store_that_is_cut_ends_the_run_and_keeps_its_save(cli, compiled, store, tmp_path):
+    """One line and exit code 3, not SIGBUS."""
+    run, data = tmp_path / "run", Path(shutil.copytree(store, tmp_path / "data"))
+    options = ("train", *SMALL, "--data", data, "--run", run, "--checkpoint-every", "3")
+    process = cli.start(*options, "--steps", "5000", env=compiled)
+    wait_for_step(run, 4, process)
+    (data / "train.tokens.bin").write_bytes(b"")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    told = one_line(err)
+    assert told.startswith(f"{data / 'train.tokens.bin'}: damaged (it has 0 bytes")
+    last = lines(run)[-1]["step"]
+    newest = checkpoint.latest_complete(run / "checkpoints")
+    assert newest is not None
+    # The save that was begun last is whole; a step whose line was not written yet may have one.
+    assert checkpoint.step_of(newest) in (last // 3 * 3, last // 3 * 3 + 3)
+    assert checkpoint.verify(newest) == []
+    assert not list((run / "checkpoints").glob(".*"))
+    incident = (run / "incidents.jsonl").read_text().splitlines()[-1]
+    assert "train.tokens.bin: damaged" in incident
+
+
 @pytest.mark.parametrize("straight", ["plain"], indirect=True)
 def test_a_run_does_not_go_on_from_nan(straight, cli, compiled, tmp_path):
     options, undisturbed = straight

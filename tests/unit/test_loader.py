@@ -247,7 +247,7 @@ def test_document_mask(text: list[list[int]], seq_len: int, seed: int) -> None:
 
 
 def test_document_starts_are_not_converted() -> None:
-    """A search with a key of another type would copy the memory-mapped file into floats."""
+    """A search with a key of another type would copy them all into floats."""
     store = counting_store(200)
     store.starts = np.arange(2_000_000, dtype=np.uint64)
     source = BatchSource([(store, 1.0)], seq_len=4, batch_size=4, seed=0, document_mask=True)

@@ -1,14 +1,17 @@
 """The token store: what it holds reads back, what is damaged does not."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.errors import BadInputError, MeshLMError, UsageError
+from meshlm.data import number_file
 from meshlm.data.inspection import InspectConfig, inspect
 from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.store import SPLITS, TokenStore, verify_store
@@ -169,3 +172,119 @@ def test_inspect_shows_no_control_characters(tmp_path):
     (tmp_path / "a.txt").write_text("\x1b[31mred\x07")
     prepare(PrepareConfig(paths=(str(tmp_path / "a.txt"),), out=str(tmp_path / "s")))
     assert "\ufffd[31mred\ufffd" in inspect(InspectConfig(path=str(tmp_path / "s")))
+
+
+# A store that others touch while it is in use.
+
+
+@pytest.fixture
+def looking_at_every_read(monkeypatch):
+    monkeypatch.setattr(number_file, "_LOOK_EVERY_S", 0.0)
+
+
+@pytest.mark.parametrize("name", ["train.tokens.bin", "train.documents.bin"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_store_that_is_cut_while_it_is_read_is_an_error(copy, name, kept):
+    """Of a mapped file this is SIGBUS. The cut is noticed at once, without a look at the time."""
+    store = TokenStore.open(copy)
+    size = (copy / name).stat().st_size
+    store.read("train", 0, 10)
+    os.truncate(copy / name, int(size * kept))
+    end = store.num_tokens("train")
+    use = {
+        "train.tokens.bin": lambda: store.read("train", end - 10, end),
+        "train.documents.bin": lambda: store.document_starts("train")[-1],
+    }
+    with pytest.raises(BadInputError, match=rf"{name}: damaged .*{size:,} by its manifest") as told:
+        use[name]()
+    assert told.value.exit_code == 3
+    assert "\n" not in str(told.value)
+
+
+def test_a_store_that_is_replaced_is_read_on_as_it_was(copy, looking_at_every_read):
+    store = TokenStore.open(copy)
+    before = store.read("train", 0, 1000).tolist()
+    for path in copy.iterdir():
+        path.with_name("new").write_bytes(b"\1" * path.stat().st_size)
+        path.with_name("new").replace(path)
+    assert store.read("train", 0, 1000).tolist() == before
+    shutil.rmtree(copy)
+    assert store.read("train", 0, 1000).tolist() == before
+    assert int(store.document_starts("train")[0]) == 0
+
+
+def test_a_store_that_is_changed_is_an_error(copy, looking_at_every_read):
+    store = TokenStore.open(copy)
+    store.read("train", 0, 10)
+    path = copy / "train.tokens.bin"
+    with open(path, "r+b") as file:
+        file.seek(5000)
+        file.write(b"\1\0\2\0")
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(BadInputError, match=r"train\.tokens\.bin: damaged \(its content changed"):
+        store.read("train", 0, 10)
+    with open(path, "ab") as file:
+        file.write(b"\1\0")
+    with pytest.raises(BadInputError, match=r"train\.tokens\.bin: damaged \(it has"):
+        store.read("train", 0, 10)
+
+
+def test_a_store_that_is_only_touched_is_read_on(copy, looking_at_every_read, monkeypatch):
+    store = TokenStore.open(copy)
+    before = store.read("train", 0, 1000).tolist()
+    hashed = []
+    monkeypatch.setattr(
+        number_file, "hash_open", lambda d, real=number_file.hash_open: hashed.append(d) or real(d)
+    )
+    os.utime(copy / "train.tokens.bin", ns=(0, 1))
+    for _ in range(3):
+        assert store.read("train", 0, 1000).tolist() == before
+    assert len(hashed) == 1, "read as a whole once, not at each read"
+
+
+def test_a_disk_that_fails_is_an_error_and_no_damage(copy, monkeypatch):
+    store = TokenStore.open(copy)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(number_file.os, "preadv", fail)
+    with pytest.raises(MeshLMError, match=r"train\.tokens\.bin: cannot be read \(Input") as told:
+        store.read("train", 0, 10)
+    assert told.value.exit_code == 1
+
+
+def test_a_store_that_is_given_up_closes_its_files(made, tmp_path):
+    copy = Path(shutil.copytree(made, tmp_path / "store"))
+
+    def count():
+        paths = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return sum(str(copy) in os.readlink(p) for p in paths if os.path.lexists(p))
+
+    stores = [TokenStore.open(copy) for _ in range(5)]
+    assert count() == 5 * 2 * len(SPLITS)
+    del stores
+    assert count() == 0
+
+
+def test_parts_of_a_file(made):
+    """Indices and slices as numpy has them, read in many short reads too."""
+    store = TokenStore.open(made)
+    starts = store.document_starts("train")
+    whole = np.fromfile(made / "train.documents.bin", "<u8")
+    for part in (slice(None), slice(3, 9), slice(-5, None), slice(9, 3), slice(150, 10**9)):
+        assert np.array_equal(starts[part], whole[part])
+    assert [int(starts[i]) for i in (0, 7, -1)] == [int(whole[i]) for i in (0, 7, -1)]
+    with pytest.raises(IndexError):
+        starts[len(starts)]
+
+
+def test_short_reads_are_gone_on_with(made, monkeypatch):
+    """A file system may give less than was asked for."""
+    store = TokenStore.open(made)
+    preadv = os.preadv
+    monkeypatch.setattr(
+        number_file.os, "preadv", lambda d, buffers, at: preadv(d, [buffers[0][:7]], at)
+    )
+    whole = np.fromfile(made / "train.tokens.bin", "<u2")
+    assert store.read("train", 3, 1000).tolist() == whole[3:1000].tolist()

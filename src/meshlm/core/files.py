@@ -7,6 +7,7 @@ links: where a run lies is the user's choice.
 """
 
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -16,6 +17,7 @@ from typing import BinaryIO
 from meshlm.core.errors import UsageError
 
 _PARTIAL = ".partial"
+_BLOCK_BYTES = 1 << 20
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 # What opening gives for a link, for a pipe without a reader or a socket, and for a device.
 _NO_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV)
@@ -105,12 +107,26 @@ def read(path: Path) -> bytes:
 
 def open_plain(path: Path) -> io.BufferedReader:
     """Returns a file, open for reading. Raises as `read`."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    what = _kind(os.fstat(file.fileno()).st_mode)
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path) -> int:
+    """Returns the descriptor of a file, for reading. Raises as `read`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    what = _kind(os.fstat(descriptor).st_mode)
     if what is not None:
-        file.close()
+        os.close(descriptor)
         raise UsageError(f"{path} is {what} and no file: delete it, or choose another folder")
-    return file
+    return descriptor
+
+
+def hash_open(descriptor: int) -> str:
+    """Returns the SHA-256, in hex, of an open file's whole content; its position stays."""
+    digest, offset = hashlib.sha256(), 0
+    while block := os.pread(descriptor, _BLOCK_BYTES, offset):
+        digest.update(block)
+        offset += len(block)
+    return digest.hexdigest()
 
 
 def open_folder(path: Path) -> int:

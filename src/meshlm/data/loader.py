@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import grain
 import numpy as np
@@ -26,6 +26,7 @@ from meshlm.core.errors import BadInputError, UsageError
 _WEIGHT_UNIT = 2**32
 _PREFETCH_THREADS = 2
 _PREFETCH_STEPS = 4
+_SEARCH_BLOCK = 4096
 
 
 class TokenBytes(Protocol):
@@ -39,6 +40,13 @@ class TokenBytes(Protocol):
     def token_bytes(self, token: int) -> bytes: ...
 
 
+class Numbers(Protocol):
+    """A sorted sequence of numbers, in memory or in a file; slices are arrays."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 class Tokens(Protocol):
     """What is asked of a token store here; `meshlm.data.store.TokenStore` has it."""
 
@@ -48,7 +56,7 @@ class Tokens(Protocol):
     def tokenizer(self) -> TokenBytes: ...
     def num_tokens(self, split: str) -> int: ...
     def read(self, split: str, start: int, stop: int) -> np.ndarray: ...
-    def document_starts(self, split: str) -> np.ndarray: ...
+    def document_starts(self, split: str) -> Numbers: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +190,8 @@ class BatchSource:
         sources = []
         for i, window in self._row_windows(step, range(self._batch_size)):
             starts = self._stores[i].document_starts("train")
-            first, last = (
-                _document_of(starts, at) for at in (window * width, window * width + width - 1)
-            )
-            documents = range(first, last + 1)
+            first, inside = _starts_between(starts, window * width + 1, (window + 1) * width)
+            documents = range(first - 1, first + len(inside))
             sources.append(
                 RowSource(store=self._stores[i].path, start=window * width, documents=documents)
             )
@@ -335,16 +341,34 @@ def _read_window(store: Tokens, split: str, start: int, width: int, document_mas
     )
 
 
-def _segments(starts: np.ndarray, start: int, width: int) -> np.ndarray:
-    # The keys are of the starts' own type: with another numpy would convert the whole file.
-    first, last = np.searchsorted(starts, np.array([start + 1, start + width], starts.dtype))
+def _segments(starts: Numbers, start: int, width: int) -> np.ndarray:
+    _, inside = _starts_between(starts, start + 1, start + width)
     begins = np.zeros(width, np.int32)
-    begins[np.asarray(starts[first:last], np.int64) - start] = 1
+    begins[inside.astype(np.int64) - start] = 1
     return np.cumsum(begins, dtype=np.int32)
 
 
-def _document_of(starts: np.ndarray, token: int) -> int:
-    return int(np.searchsorted(starts, np.array(token, starts.dtype), side="right")) - 1
+def _starts_between(starts: Numbers, first: int, stop: int) -> tuple[int, np.ndarray]:
+    """Returns how many starts are below `first`, and those from there on below `stop`.
+
+    The file of a large store has gigabytes: only what a search looks at is read.
+    """
+    low, high = 0, len(starts)
+    while high - low > _SEARCH_BLOCK:
+        middle = (low + high) // 2
+        if int(starts[middle]) < first:
+            low = middle + 1
+        else:
+            high = middle
+    low += _count_below(starts[low:high], first)
+    # No document is shorter than its end-of-text: so many at most begin between the two.
+    block = starts[low : low + stop - first]
+    return low, block[: _count_below(block, stop)]
+
+
+def _count_below(numbers: np.ndarray, value: int) -> int:
+    # A key of another type than the numbers' would have numpy convert them all.
+    return int(np.searchsorted(numbers, np.array(value, numbers.dtype)))
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:

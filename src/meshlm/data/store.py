@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data.number_file import NumberFile
 from meshlm.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "meshlm-token-store"
@@ -118,7 +119,7 @@ class Manifest:
 
 
 class TokenStore:
-    """A finished store, opened for reading; its files are memory-mapped.
+    """A finished store, opened for reading. Its files are read piece by piece, see `NumberFile`.
 
     Attributes:
         path: the folder.
@@ -135,8 +136,12 @@ class TokenStore:
         content = "".join(f"{n} {e.sha256}\n" for n, e in sorted(manifest.files.items()))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         dtype = np.dtype(manifest.dtype)
-        self._tokens = {s: _map(path / tokens_file(s), dtype) for s in SPLITS}
-        self._documents = {s: _map(path / documents_file(s), DOCUMENT_DTYPE) for s in SPLITS}
+        self._tokens = {s: self._open(tokens_file(s), dtype) for s in SPLITS}
+        self._documents = {s: self._open(documents_file(s), DOCUMENT_DTYPE) for s in SPLITS}
+
+    def _open(self, name: str, dtype: np.dtype) -> NumberFile:
+        entry = self.manifest.files[name]
+        return NumberFile(self.path / name, dtype, entry.num_bytes, entry.sha256)
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
@@ -167,20 +172,22 @@ class TokenStore:
 
         Raises:
             ValueError: a range that is not within the split.
-            BadInputError: an id that the tokenizer does not have: the file is damaged.
+            BadInputError: an id that the tokenizer does not have, or a file that was cut or changed
+                since it was opened.
+            MeshLMError: the file cannot be read now.
         """
         if not 0 <= start <= stop <= self.num_tokens(split):
             raise ValueError(
                 f"tokens [{start}, {stop}) are not within the {self.num_tokens(split)} of {split}"
             )
-        tokens = np.asarray(self._tokens[split][start:stop])
+        tokens = self._tokens[split][start:stop]
         if tokens.size and tokens.max() >= self.tokenizer.vocab_size:
             where = f"token {int(tokens.max())} between {start} and {stop}"
             raise _damaged(self.path / tokens_file(split), f"{where} is not in the vocabulary")
         return tokens.astype(np.int32)
 
-    def document_starts(self, split: str) -> np.ndarray:
-        """Index of the first token of each document of `split`, uint64, memory-mapped."""
+    def document_starts(self, split: str) -> NumberFile:
+        """Index of the first token of each document of `split`, uint64, read at each access."""
         return self._documents[split]
 
 
@@ -243,10 +250,13 @@ def verify_store(path: str | Path) -> TokenStore:
 
 def _verify_documents(store: TokenStore, split: str) -> None:
     starts, total = store.document_starts(split), store.num_tokens(split)
-    ordered = bool(np.all(starts[1:] > starts[:-1]))
-    if len(starts) and not (starts[0] == 0 and ordered and starts[-1] < total):
-        raise _damaged(store.path / documents_file(split), "document starts are out of order")
     step = 1 << 24
+    ordered = all(
+        bool(np.all(np.diff(starts[first : first + step + 1].astype(np.int64)) > 0))
+        for first in range(0, len(starts), step)
+    )
+    if len(starts) and not (starts[0] == 0 and ordered and int(starts[-1]) < total):
+        raise _damaged(store.path / documents_file(split), "document starts are out of order")
     for start in range(0, total, step):
         store.read(split, start, min(start + step, total))
 
@@ -264,12 +274,6 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"the size of {name} does not follow from the counts")
     if set(manifest.files) != {*sizes, TOKENIZER}:
         raise ValueError("it names other files than a store has")
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
 
 
 def _damaged(path: Path, why: str) -> BadInputError:
