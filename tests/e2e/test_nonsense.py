@@ -167,7 +167,7 @@ GENERATE = [
     ("RUN --prompt a --max-tokns 3", 2, "did you mean --max-tokens?"),
     ("--prompt a", 2, "missing PATH"),
     ("nowhere --prompt a", 2, "nowhere: there is nothing at this path"),
-    ("FOLDER --prompt a", 2, "no weights that are known"),
+    ("FOLDER --prompt a", 2, "is empty"),
     ("BYTES --prompt a", 2, "no weights that are known"),
 ]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from hypothesis import strategies as st
 from meshlm.conversion.hf import open_hf
 from meshlm.conversion.hf_config import make_config
 from meshlm.conversion.hf_target import HfTarget
+from meshlm.conversion.opening import open_source
 from meshlm.conversion.pickled import write_safetensors
+from meshlm.conversion.proof import check_all
 from meshlm.conversion.safetensors import from_bytes, to_bytes
 from meshlm.conversion.tensors import CastPart, Source, part_keys, stacked_name
 from meshlm.core.errors import BadInputError
@@ -447,3 +451,91 @@ def test_the_sum_of_parts_is_every_tensor(tmp_path):
     state = model.state_dict()
     assert raw.keys() == state.keys()
     assert all(np.array_equal(raw[n], state[n].numpy()) for n in state)
+
+
+def numbers_of(source: Source) -> dict[str, bytes]:
+    return {name: part.read(name).tobytes() for part in source.parts() for name in part.tensors}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[transformers.GPTJForCausalLM, Path, dict[str, bytes]]:
+    """A model, its folder as transformers saves it, and the numbers in it."""
+    model = make_model()
+    folder = tmp_path_factory.mktemp("saved") / "plain"
+    model.save_pretrained(folder)
+    return model, folder, numbers_of(open_source(folder))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_names_that_torchs_wrappers_give(saved, tmp_path):
+    model, _, wanted = saved
+    wrapped = torch.nn.DataParallel(torch.compile(model))
+    state = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    assert all(name.startswith("module._orig_mod.") for name in state)
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert numbers_of(open_source(tmp_path)) == wanted
+
+
+@pytest.mark.parametrize("size", ["1GB", "30KB"])
+def test_variants_as_transformers_saves_them(saved, tmp_path, size):
+    model, _, wanted = saved
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert any("fp16" in path.name for path in tmp_path.iterdir())
+    assert numbers_of(open_source(tmp_path)) == wanted
+    # Without the index, the shards are named; beside a whole file they are not read, there as here.
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    if size == "30KB":
+        model.save_pretrained(tmp_path / "other", max_shard_size=size)
+        other = make_model(seed=1)
+        other.save_pretrained(tmp_path / "one")
+        (tmp_path / "one/model.safetensors").rename(tmp_path / "other/model.safetensors")
+        read = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "other")
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(read.state_dict()[name], tensor), name
+        theirs = open_source(tmp_path / "other")
+        assert numbers_of(theirs)["head"] == other.lm_head.weight.detach().numpy().tobytes()
+        index.unlink()
+        with pytest.raises(BadInputError, match=r"of weights and no model\.safetensors\.index"):
+            open_source(tmp_path)
+
+
+def test_wide_and_narrow_types_are_named(saved, tmp_path):
+    model, _, _ = saved
+    wide = make_model().double()
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(BadInputError, match=r"is float64: .* model\.float\(\)\.save_pretrained"):
+        open_source(tmp_path / "wide")
+    model.config.save_pretrained(tmp_path / "narrow")
+    state = {name: t.to(torch.float8_e4m3fn) for name, t in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "narrow/model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInputError, match="is 'F8_E4M3', a type that is not known here"):
+        open_source(tmp_path / "narrow")
+
+
+def test_a_cache_of_the_hubs_client(saved, tmp_path, monkeypatch):
+    """The layout and the checksums are those that huggingface_hub writes."""
+    from huggingface_hub import file_download
+    from huggingface_hub._local_folder import write_download_metadata
+
+    _, plain, wanted = saved
+    cache = tmp_path / file_download.repo_folder_name(repo_id="a/b", repo_type="model")
+    snapshot = cache / "snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for path in plain.iterdir():
+        blob = cache / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        file_download._create_symlink(str(blob), str(snapshot / path.name), new_blob=True)
+    source = open_source(cache, verify=True)
+    assert numbers_of(source) == wanted
+    local = shutil.copytree(plain, tmp_path / "local")
+    digest = hashlib.sha256((local / "model.safetensors").read_bytes()).hexdigest()
+    write_download_metadata(local, "model.safetensors", "0" * 40, digest)
+    (proof,) = check_all(open_source(local))
+    assert proof == "the checksums of the download: model.safetensors"
+    (local / "config.json").write_bytes((local / "config.json").read_bytes() + b"\n")
+    write_download_metadata(local, "config.json", "0" * 40, digest)
+    with pytest.raises(BadInputError, match=r"config\.json is not what was downloaded"):
+        check_all(open_source(local))

@@ -284,6 +284,7 @@ def test_what_is_nothing_is_told_with_what_was_looked_for(tmp_path):
         open_source(tmp_path / "absent")
     with pytest.raises(UsageError, match="nothing at this path"):
         find_checkpoint(tmp_path / "absent")
+    (tmp_path / "notes.md").touch()
     with pytest.raises(UsageError, match=r"looked for a run .*Hugging Face.*step_N/shard_0"):
         open_source(tmp_path)
     (tmp_path / "checkpoints").mkdir()

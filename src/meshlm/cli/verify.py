@@ -11,6 +11,7 @@ from meshlm.checkpoint.manifest import MANIFEST_NAME, Damage
 from meshlm.conversion.certificate import CERTIFICATE_FILE
 from meshlm.conversion.opening import kind_of, open_source
 from meshlm.conversion.proof import check_all
+from meshlm.conversion.recognition import locate, unknown
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.store import verify_store
 from meshlm.training.run_folder import CHECKPOINTS_FOLDER, read_config
@@ -38,14 +39,14 @@ class Config:
 
 def run(config: Config) -> None:
     """Prints what is good; raises BadInputError, naming the files, where something is damaged."""
-    path = config.path
-    if not path.exists():
-        raise UsageError(f"{path}: there is nothing at this path")
+    path = locate(config.path)
     if kind_of(path) in ("hf", "mtj"):
         _verify_weights(config)
         return
     steps = _checkpoints(path)
     if steps is None:
+        if not (path / MANIFEST_NAME).is_file():
+            raise unknown(path, lambda folder: kind_of(folder) is not None)
         verify_store(path)
         print(f"{path}: good (token store)")
         return

@@ -1,6 +1,6 @@
 """A Hugging Face folder of GPT-J's weights, opened and checked against its own config."""
 
-import re
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,9 @@ import numpy as np
 from meshlm.conversion import hf_names, pickled
 from meshlm.conversion.finite import Place
 from meshlm.conversion.hf_config import CONFIG_FILE, read_config, read_json
+from meshlm.conversion.hf_files import find_weights, has_weights
 from meshlm.conversion.hf_tokenizer import find_tokenizer
+from meshlm.conversion.recognition import no_weights
 from meshlm.conversion.safetensors import Tensors, open_tensors
 from meshlm.conversion.tensors import (
     DTYPES,
@@ -26,12 +28,15 @@ from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
 
-WEIGHTS_FILE = "model.safetensors"
-PICKLED_FILE = "pytorch_model.bin"
-INDEX_SUFFIX = ".index.json"
-_WEIGHTS = (WEIGHTS_FILE, PICKLED_FILE)
-# A plain name in the folder itself, which nothing can lead out of it.
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_log = logging.getLogger(__name__)
+
+
+# By numpy's kind of a dtype: of floating-point numbers, those that are too wide.
+_REMEDIES = {
+    "f": "load the model in torch and save it in float32: model.float().save_pretrained(FOLDER)",
+    "i": "it is quantised: get the model as it was before, and give --quantize int8 here",
+    "u": "it is quantised: get the model as it was before, and give --quantize int8 here",
+}
 
 
 class _Home(NamedTuple):
@@ -121,7 +126,7 @@ def is_hf(path: Path) -> bool:
     """Whether this looks like a Hugging Face folder, of whatever model."""
     if not path.is_dir():
         return False
-    if any((path / name).is_file() for name in _weight_names()):
+    if has_weights(path):
         return True
     try:
         return "model_type" in read_json(path / CONFIG_FILE)
@@ -151,58 +156,21 @@ def open_hf(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, and the model has rows for "
             f"{vocab_size} only (vocab_size in {CONFIG_FILE})"
         )
-    found = next((n for n in _weight_names() if (path / n).is_file()), None)
+    found = find_weights(path)
     if found is None:
-        raise UsageError(f"{path}: no {WEIGHTS_FILE} or {WEIGHTS_FILE}{INDEX_SUFFIX} in it")
-    listed = _read_index(path / found) if found.endswith(INDEX_SUFFIX) else None
-    paths = [path / found] if listed is None else list(listed)
-    if not found.startswith(PICKLED_FILE):
-        files = {file: open_tensors(file) for file in paths}
+        raise no_weights(path)
+    if not found.is_pickle:
+        files = {file: open_tensors(file) for file in found.paths}
     elif allow_pickle:
-        with pickled.as_safetensors(paths) as made:
-            files = {file: open_tensors(own) for file, own in zip(paths, made, strict=True)}
+        with pickled.as_safetensors(found.paths) as made:
+            files = {file: open_tensors(own) for file, own in zip(found.paths, made, strict=True)}
     else:
         raise BadInputError(
-            f"{path / found}: these weights are a pickle, a program that could do anything: get "
+            f"{found.path}: these weights are a pickle, a program that could do anything: get "
             "the model's safetensors files, or trust it with --allow-pickle"
         )
-    if listed is not None:
-        _check_index(path / found, listed, files)
+    found.check(files)
     return HfSource(path, config.model, tokenizer, files, config.token_ids)
-
-
-def _weight_names() -> Iterator[str]:
-    for name in _WEIGHTS:
-        yield from (name, name + INDEX_SUFFIX)
-
-
-def _read_index(index: Path) -> dict[Path, set[str]]:
-    """Returns the names of the tensors that an index expects in each file."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BadInputError(f"{index}: it has no weight_map")
-    listed: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
-            raise BadInputError(
-                f"{index}: {name[:200]!r} would be in {str(file)[:200]!r}, which is no file's name"
-            )
-        listed.setdefault(index.parent / file, set()).add(name)
-    for file in listed:
-        if not file.is_file():
-            raise BadInputError(f"{file}: missing, though {index.name} names it; get it again")
-    return listed
-
-
-def _check_index(
-    index: Path, listed: Mapping[Path, set[str]], files: Mapping[Path, Tensors]
-) -> None:
-    for file, names in listed.items():
-        odd = sorted(names ^ files[file].infos.keys())
-        if odd:
-            where = "but it is not" if odd[0] in names else "but it is"
-            expected = "in it" if odd[0] in names else "not in it"
-            raise BadInputError(f"{file}: {odd[0]} is {expected} by {index.name}, {where}")
 
 
 def _find_homes(path: Path, model: ModelConfig, files: Mapping[Path, Tensors]) -> dict[str, _Home]:
@@ -216,15 +184,22 @@ def _find_homes(path: Path, model: ModelConfig, files: Mapping[Path, Tensors]) -
         for key in part_keys(model)
         for name, shape in hf_names.hf_shapes(model, key).items()
     }
+    prefix, wrappers = hf_names.wrapper_of([n for t in files.values() for n in t.infos])
+    if wrappers:
+        _log.warning(
+            "%s: all names of tensors begin with %s, as %s saves them; they are read without it",
+            *(path, prefix, " in ".join(wrappers)),
+        )
     homes: dict[str, _Home] = {}
     for file, tensors in files.items():
         for own_name, info in tensors.infos.items():
-            name = hf_names.full_name(own_name)
+            name = hf_names.full_name(own_name.removeprefix(prefix))
             if hf_names.is_buffer(name, model.num_layers):
                 continue
             if name not in wanted:
                 raise BadInputError(
                     f"{file}: {own_name} is no tensor of a GPT-J of {model.num_layers} layers"
+                    f"{hf_names.why_unknown(own_name)}"
                 )
             if name in homes:
                 raise BadInputError(f"{file}: {own_name} is there twice")
@@ -243,7 +218,8 @@ def _check_tensor(file: Path, name: str, info: TensorInfo, shape: tuple[int, ...
         )
     if info.dtype not in DTYPES.values():
         raise BadInputError(
-            f"{file}: {name} is {info.dtype.name}: weights are {', '.join(DTYPES)} here"
+            f"{file}: {name} is {info.dtype.name}: weights are {', '.join(DTYPES)} here; "
+            f"{_REMEDIES.get(info.dtype.kind, 'get the model again')}"
         )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion.hf import INDEX_SUFFIX, WEIGHTS_FILE
 from meshlm.conversion.hf_config import CONFIG_FILE, make_config
+from meshlm.conversion.hf_files import INDEX_SUFFIX, WEIGHTS_FILE
 from meshlm.conversion.hf_names import hf_name, hf_shapes
 from meshlm.conversion.hf_tokenizer import end_of_text_id, write_json, write_tokenizer
 from meshlm.conversion.safetensors import TensorWriter

@@ -8,6 +8,7 @@ from meshlm.conversion.mtj import is_mtj, open_mtj
 from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES, looks_like_old_config, parse_old_config
 from meshlm.conversion.native import CONFIG_FILE, is_native, open_native, read_model
 from meshlm.conversion.proof import require_proof
+from meshlm.conversion.recognition import locate, refuse_unusable, unknown
 from meshlm.conversion.tensors import Kind, Source
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -39,9 +40,8 @@ def open_source(
             `verify`, nothing is recorded of it.
         BadInputError: the weights are damaged, or do not fit their config.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"{path}: there is nothing at this path")
+    path = locate(Path(path))
+    refuse_unusable(path)
     own = None if tokenizer is None else load_tokenizer(tokenizer)
     kind = kind_of(path)
     if kind == "mtj":
@@ -53,12 +53,7 @@ def open_source(
     elif kind == "hf":
         source = open_hf(path, own, allow_pickle=allow_pickle)
     else:
-        raise UsageError(
-            f"{path} holds no weights that are known here: looked for a run or checkpoint of "
-            "MeshLM's (checkpoints/, step_N/manifest.json, arrays/), a Hugging Face folder "
-            "(config.json, model.safetensors) and a checkpoint of the original's "
-            "(step_N/shard_0/0.npz, meta.json, .tar.zst)"
-        )
+        raise unknown(path, lambda folder: kind_of(folder) is not None)
     if own is not None:
         source.tokenizer = _fitting(own, source.model, str(tokenizer))
     if verify:

@@ -245,7 +245,11 @@ def _check_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, in
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = _DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise _bad(where, f"{name}: dtype {str(code)[:20]!r} is not known here")
+        # Of 8 bits and less, or complex: the file may be good.
+        raise BadInputError(
+            f"{where}: {name} is {str(code)[:20]!r}, a type that is not known here: get the model "
+            "in float32, bfloat16 or float16"
+        )
     if not _is_naturals(shape) or len(shape) > _MAX_DIMS:
         raise _bad(where, f"{name}: its shape is not a list of at most {_MAX_DIMS} whole numbers")
     # Beside the product, zeros left out: numpy counts in 64 bits even where a dim is zero.
