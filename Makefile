@@ -1,19 +1,19 @@
 # Every target does its own set-up, the first time and every time; `make help` lists them.
 #
 #   ARGS=...            more arguments for the command or for pytest: make demo ARGS="--minutes 1"
-#   PYTHON=path         the Python for .venv          (else the newest of 3.13, 3.12, 3.11 found)
+#   PYTHON=path         the Python for .venv and .venv-engines (else the newest of 3.13, 3.12, 3.11 found)
 #   PARITY_PYTHON=path  the Python for .venv-parity   (else the oldest with a CPU build of torch)
 #   CHROMIUM=path       the browser for the tests of the page (else the first Chromium on PATH)
 #   TORCH="..."         pip arguments that name a CPU build of torch, for the parity tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test test-long check bench bench-serve bench-gpu bench-pods lock clean main-environment both-environments
+.PHONY: help install browser demo test test-long test-engines check bench bench-serve bench-gpu bench-pods lock clean main-environment both-environments engines-environment
 
 PYTHON_FILES := src tests bench environment launch
 ARGS ?=
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: main-environment ## make the environment in .venv; the command is .venv/bin/meshlm
 
@@ -28,6 +28,9 @@ test: both-environments ## run the tests on the newest and on the oldest Python 
 
 test-long: both-environments ## run the tests that take long: fuzzing, soak, many kills
 	@.venv/bin/python tests/run.py long $(ARGS)
+
+test-engines: engines-environment ## run the templates of launch/ on real Ray, SLURM, nginx and Caddy
+	@.venv-engines/bin/python -m pytest tests/engines -q $(ARGS)
 
 check: main-environment ## check format, lint, types and the levels of the imports
 	@.venv/bin/ruff format --check $(PYTHON_FILES)
@@ -51,7 +54,7 @@ lock: ## write the locks again after a change of pyproject.toml (newest of all: 
 	@sh environment/prepare.sh lock $(ARGS)
 
 clean: ## remove the environments and all caches
-	rm -rf .venv .venv.lock .venv-parity .venv-parity.lock build dist
+	rm -rf .venv .venv.lock .venv-parity .venv-parity.lock .venv-engines .venv-engines.lock build dist
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find src tests bench environment -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -60,3 +63,7 @@ main-environment:
 
 both-environments:
 	@sh environment/prepare.sh parity
+
+engines-environment:
+	@sh environment/prepare.sh engines
+	@sh environment/engines.sh

@@ -2,6 +2,7 @@
 
     prepare.py main      .venv: the newest Python found; runs, tests and checks MeshLM
     prepare.py parity    .venv-parity: the oldest Python with a CPU build of torch, an oracle
+    prepare.py engines   .venv-engines: Ray, to run the templates of launch/
     prepare.py lock      writes the locks again after a change of pyproject.toml
 
 Each environment carries a stamp that names what it was made from. One whose stamp differs or is
@@ -12,7 +13,7 @@ pip installs, because it follows the user's own pip configuration (mirrors, cert
 faster but does not read it. Every file is checked against the lock's hashes.
 
 Read from the environment, so `make test TORCH=...` works:
-    PYTHON           the interpreter for .venv
+    PYTHON           the interpreter for .venv and .venv-engines
     PARITY_PYTHON    the interpreter for .venv-parity
     TORCH            pip arguments that name a CPU build of torch; .venv-parity remembers them
 """
@@ -37,9 +38,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "environment"
-MAIN, PARITY = ROOT / ".venv", ROOT / ".venv-parity"
+MAIN, PARITY, ENGINES = ROOT / ".venv", ROOT / ".venv-parity", ROOT / ".venv-engines"
 VERSIONS = ("3.11", "3.12", "3.13")
-LOCKED_GROUPS = {"main": ("dev", "clients"), "parity": ("dev", "parity")}
+LOCKED_GROUPS = {
+    "main": ("dev", "clients"),
+    "parity": ("dev", "parity"),
+    "engines": ("dev", "engines"),
+}
 
 # A local version such as +cpu exists only where CPU builds are kept apart: the public index forbids
 # them, so on Linux this never matches a CUDA build, and a miss is known before any download.
@@ -64,10 +69,14 @@ def main(arguments: list[str]) -> int:
             case ["parity"]:
                 prepare_main()
                 prepare_parity()
+            case ["engines"]:
+                prepare_engines()
             case ["lock", *options]:
                 write_locks(options)
             case _:
-                raise PrepareError("usage: prepare.py main | parity | lock [UV OPTION...]")
+                raise PrepareError(
+                    "usage: prepare.py main | parity | engines | lock [UV OPTION...]"
+                )
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -101,6 +110,12 @@ def prepare_parity() -> None:
             build(PARITY, "parity", chosen)
         if remembered_torch() != torch:
             install_torch(torch)
+
+
+def prepare_engines() -> None:
+    with locked(ENGINES):
+        if not is_current(ENGINES, "engines"):
+            build(ENGINES, "engines", choose_main())
 
 
 # Choosing an interpreter
@@ -252,7 +267,11 @@ def clean_environment() -> dict[str, str]:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second `make` in this checkout out until the first is done with the environment."""
     with open(folder.with_name(folder.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder.name}: waiting for another make in this checkout", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -261,7 +280,7 @@ def is_current(folder: Path, lock: str) -> bool:
     if read_stamp(folder).get("made_from") != made_from(lock):
         return False
     current = try_interpreter(folder / "bin" / "python")
-    named = os.environ.get("PYTHON" if lock == "main" else "PARITY_PYTHON")
+    named = os.environ.get("PARITY_PYTHON" if lock == "parity" else "PYTHON")
     return current is not None and (not named or named_interpreter(named, "PYTHON") == current)
 
 

@@ -45,6 +45,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 # Parity tests run where torch and transformers are; elsewhere one line says that they did not.
 
 PARITY = Path(__file__).resolve().parent / "parity"
+ENGINES = PARITY.with_name("engines")
 MISSING = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
 NO_PARITY = f"PARITY TESTS SKIPPED: no {' and no '.join(MISSING)} here; `make test` runs them"
 IN_CI = os.environ.get("CI") == "true"
@@ -66,7 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     # These files import the oracles at their top: collecting them would be an error, not a skip.
     inside = PARITY in (collection_path, *collection_path.parents)
-    return True if MISSING and inside else None
+    # `make test-engines` alone has Ray.
+    engines = collection_path == ENGINES and not importlib.util.find_spec("ray")
+    return True if engines or (MISSING and inside) else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

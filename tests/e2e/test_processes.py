@@ -103,13 +103,18 @@ def test_two_processes_train_as_one_does(team, store, tmp_path, alone):
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_12.json", "step_6.json"]
     # One writes and speaks; JAX's own words aside, the other is silent.
     assert GLOO.sub("", second.out) == ""
-    assert second.err == ""
+    assert without_waits(second.err) == ""
     assert_each_reads_its_own(started.folder)
     # Medians: one step on a busy machine may wait for the processor, and not for data.
     waited_s, step_s = (
         sorted(line[name] for line in lines(run)[2:]) for name in ("data_wait_s", "step_s")
     )
     assert waited_s[len(waited_s) // 2] < 0.01 * step_s[len(step_s) // 2]
+
+
+def without_waits(err: str) -> str:
+    """What stands there also on a machine that is not too busy: nobody was waited for for long."""
+    return re.sub(r"^.* waits (for|at) .*\n", "", err, flags=re.MULTILINE)
 
 
 def assert_each_reads_its_own(folder: Path) -> None:
@@ -223,7 +228,7 @@ def test_who_is_missing_is_named(team, store, tmp_path):
     assert (first.code, third.code) == (1, 1)
     for process in (first, third):
         assert "1 of 3 processes did not come within 8 s; missing: 1" in process.said
-        assert process.err.count("\n") == 1
+        assert without_waits(process.err).count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import socket
 import threading
 import time
@@ -10,8 +12,10 @@ from collections.abc import Callable
 
 import pytest
 
+from meshlm.core import roll_call, waiting
+from meshlm.core.address import split_address
 from meshlm.core.errors import BusyError, MeshLMError, UsageError
-from meshlm.core.roll_call import _listen, call_roll, is_loopback, split_address
+from meshlm.core.roll_call import _listen, call_roll
 from teams import free_port
 
 
@@ -103,10 +107,10 @@ def test_a_port_that_is_taken_is_told_at_once():
     [
         b"GET / HTTP/1.1\r\n\r\n",
         b"",
-        b"meshlm-1 x 2\n",
+        b"meshlm-2 x 2\n",
         b"\xff" * 5000,
-        "meshlm-1 \u00b2 2\n".encode(),  # a digit to Python, and no number
-        b"meshlm-1 " + b"1" * 5000,
+        "meshlm-2 \u00b2 2\n".encode(),  # a digit to Python, and no number
+        b"meshlm-2 " + b"1" * 5000,
     ],
 )
 def test_strangers_do_not_disturb(words):
@@ -139,7 +143,7 @@ def test_silent_strangers_hold_nobody_up():
     first.start()
     time.sleep(0.2)
     with contextlib.ExitStack() as strangers:
-        for words in (b"", b"", b"", b"meshlm-1"):
+        for words in (b"", b"", b"", b"meshlm-2"):
             stranger = strangers.enter_context(socket.create_connection(split_address(address)))
             stranger.sendall(words)
         began_s = time.monotonic()
@@ -155,14 +159,9 @@ def test_silent_strangers_hold_nobody_up():
     ("host", "found"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("node0", "any")]
 )
 def test_a_loopback_address_is_not_open_to_others(host, found):
-    with _listen(f"{host}:0", host, 0) as server:
+    with _listen(f"{host}:{free_port()}") as server:
         bound = server.getsockname()[0]
     assert bound in (("0.0.0.0", "::") if found == "any" else (found,))
-
-
-def test_loopback_hosts():
-    assert [is_loopback(h) for h in ("127.0.0.2", "::1", "localhost")] == [True] * 3
-    assert [is_loopback(h) for h in ("10.0.0.1", "node0", "::", "0.0.0.0")] == [False] * 4
 
 
 def test_a_process_that_died_may_come_again():
@@ -171,7 +170,7 @@ def test_a_process_that_died_may_come_again():
     first.start()
     time.sleep(0.2)
     with socket.create_connection(split_address(address)) as died:
-        died.sendall(b"meshlm-1 1 3\n")
+        died.sendall(b"meshlm-2 1 3\n")
         time.sleep(0.2)
     others = [threading.Thread(target=call_roll, args=(address, n, 3, 20)) for n in (1, 2)]
     for thread in others:
@@ -182,12 +181,162 @@ def test_a_process_that_died_may_come_again():
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":1234", "host:0", "host:70000", "a:b"])
-def test_a_wrong_address_is_refused(address):
-    with pytest.raises(UsageError, match="give process 0's HOST:PORT"):
-        split_address(address)
+# What a wait says while it lasts. It says it sooner here.
 
 
-def test_addresses():
-    assert split_address("node-0.jobs:1234") == ("node-0.jobs", 1234)
-    assert split_address("[::1]:99") == ("::1", 99)
+@pytest.fixture
+def soon(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "_FIRST_S", 0.1)
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def fail(address: str, number: int = 1, timeout_s: float = 0.6) -> MeshLMError:
+    with pytest.raises(MeshLMError) as caught:
+        call_roll(address, number, 2, timeout_s)
+    return caught.value
+
+
+def no_name(*_, **__):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_a_name_that_does_not_resolve_is_said_and_named_in_the_end(soon, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    error = fail("no-such-host.invalid:1234")
+    said = "the name no-such-host.invalid does not resolve (Name or service not known)"
+    assert soon.messages[0].startswith(
+        f"process 1 waits for process 0 at no-such-host.invalid:1234: {said}"
+    )
+    assert re.search(r"\(for 0 s so far, [01] s more at most\)$", soon.messages[0])
+    assert f"within 0.6 s ({said}" in str(error)
+    assert error.exit_code == 1
+
+
+def test_a_resolver_that_is_stuck_is_said(soon, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(0.6) or [])
+    fail("node0:1234")
+    assert "at node0:1234: looking up the name node0 (" in soon.messages[0]
+
+
+def test_a_port_where_nobody_listens_is_said(soon):
+    error = fail(f"127.0.0.1:{free_port()}")
+    said = "127.0.0.1: connection refused; that address is this machine's own"
+    assert said in soon.messages[0]
+    assert said in str(error)
+
+
+def test_debians_own_name_is_said(soon, monkeypatch):
+    """A machine's own name is 127.0.1.1 in Debian's /etc/hosts, also where it is process 0's."""
+    port = free_port()
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", port))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    said = "127.0.1.1: connection refused; that address is this machine's own"
+    assert said in str(fail(f"node0:{port}"))
+    soon.clear()
+    error = fail(f"node0:{port}", number=0)
+    doubt = "here node0 is 127.0.1.1, which is each machine itself: other machines do not reach"
+    assert (
+        f"process 0 waits at node0:{port} for 1 of 2 processes; missing: 1; {doubt}"
+        in (soon.messages[0])
+    )
+    assert doubt in str(error)
+
+
+def answering(*answers: bytes, closes: bool = True) -> tuple[socket.socket, threading.Thread]:
+    """A server that is no process 0: gives each guest the next answer."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        for words in answers:
+            guest, _ = server.accept()
+            with guest:
+                guest.recv(100)
+                guest.sendall(words)
+                if not closes:
+                    guest.recv(100)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    return server, thread
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n",
+            "something else than process 0 answers at 127.0.0.1: 'HTTP/1.1 400 Bad Request'",
+        ),
+        # A mail server, whose greeting looks like an exit code and a message.
+        (b"2 mail.example.org ESMTP\r\n", "something else than process 0 answers at 127.0.0.1"),
+        (b"\x1b[2J\xff\x00", "something else than process 0 answers at 127.0.0.1: '?[2J\\ufffd?'"),
+        (b"", "127.0.0.1 closed the connection"),
+    ],
+)
+def test_a_stranger_that_answers_is_said(soon, words, said):
+    server, thread = answering(words)
+    with server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        caught: list[MeshLMError] = []
+        client = threading.Thread(target=lambda: caught.append(fail(address, timeout_s=0.1)))
+        client.start()
+        thread.join(10)
+        client.join(10)
+    assert said in str(caught[0])
+
+
+def test_a_stranger_that_is_silent_is_said(soon, monkeypatch):
+    monkeypatch.setattr(roll_call, "_LINE_TIMEOUT_S", 0.6)
+    server, thread = answering(b"", closes=False)
+    with server:
+        error = fail(f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join(10)
+    said = "127.0.0.1 takes the connection and says nothing"
+    assert said in soon.messages[0]
+    assert said in str(error)
+
+
+def test_who_is_there_is_told_for_whom_process_0_waits(soon, monkeypatch):
+    monkeypatch.setattr(roll_call, "_TELL_S", 0.1)
+    found = meet((0, 4), (1, 4), timeout_s=0.6)
+    assert "missing: 2, 3" in str(found[1])
+    assert re.search(
+        r"process 1 waits for process 0 at \S+: it is there and waits for 2, 3", soon.text
+    )
+    assert re.search(r"process 0 waits at \S+ for 2 of 4 processes; missing: 2, 3", soon.text)
+
+
+def test_who_has_left_again_is_missing(monkeypatch):
+    monkeypatch.setattr(roll_call, "_TELL_S", 0.1)
+    address = f"127.0.0.1:{free_port()}"
+    caught: list[MeshLMError] = []
+
+    def call() -> None:
+        try:
+            call_roll(address, 0, 3, 1.5)
+        except MeshLMError as error:
+            caught.append(error)
+
+    first = threading.Thread(target=call)
+    first.start()
+    time.sleep(0.2)
+    with socket.create_connection(split_address(address)) as died:
+        died.sendall(b"meshlm-2 1 3\n")
+        assert died.recv(100) == b"meshlm-2 wait 2\n"
+    first.join(20)
+    assert "2 of 3 processes did not come within 1.5 s; missing: 1, 2" in str(caught[0])
+
+
+def test_another_version_is_refused():
+    address = f"127.0.0.1:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        caught: list[MeshLMError] = []
+        first = threading.Thread(target=lambda: caught.append(fail(address, 0, 20)))
+        first.start()
+        time.sleep(0.2)
+        other = stack.enter_context(socket.create_connection(split_address(address)))
+        other.sendall(b"meshlm-1 1 2\n")
+        first.join(20)
+    assert isinstance(caught[0], UsageError)
+    assert "process 1 has another version of MeshLM" in str(caught[0])

@@ -127,7 +127,10 @@ def restore_latest(folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -
 
     Raises: as `latest_good` and `restore`.
     """
-    good = share(lambda: _step_text(latest_good(folder)))
+    good = share(
+        lambda: _step_text(latest_good(folder)),
+        f"looking for the newest good checkpoint in {folder}",
+    )
     if not good:
         return None
     path = step_path(folder, int(good))

@@ -11,6 +11,7 @@ from meshlm.conversion.proof import require_proof
 from meshlm.conversion.recognition import locate, refuse_unusable, unknown
 from meshlm.conversion.tensors import Kind, Source
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.waiting import Waiting
 from meshlm.data.tokenizer import Tokenizer, load_tokenizer
 from meshlm.model.config import PRESETS, ModelConfig
 
@@ -40,7 +41,16 @@ def open_source(
             `verify`, nothing is recorded of it.
         BadInputError: the weights are damaged, or do not fit their config.
     """
-    path = locate(Path(path))
+    with Waiting(lambda: f"still opening {path}"):
+        source = _open(locate(Path(path)), config, tokenizer, allow_pickle)
+        if verify:
+            require_proof(source)
+    return source
+
+
+def _open(
+    path: Path, config: str | Path | None, tokenizer: str | None, allow_pickle: bool
+) -> Source:
     refuse_unusable(path)
     own = None if tokenizer is None else load_tokenizer(tokenizer)
     kind = kind_of(path)
@@ -56,8 +66,6 @@ def open_source(
         raise unknown(path, lambda folder: kind_of(folder) is not None)
     if own is not None:
         source.tokenizer = _fitting(own, source.model, str(tokenizer))
-    if verify:
-        require_proof(source)
     return source
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from meshlm.core.errors import MeshLMError, UsageError
 from meshlm.core.jax_internals import complete_place, runs_on_cloud_tpus
+from meshlm.core.waiting import Waiting
 
 _ADDRESS, _COUNT, _NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Environments of several processes that JAX knows: the variables that are there in each of them.
@@ -95,8 +96,10 @@ def _ask_scheduler(
     address: str | None, count: int | None, number: int | None, config: ProcessConfig
 ) -> tuple[str | None, int | None, int | None, Any]:
     """Returns the place with what JAX's own detection adds to it."""
+    ask = "asking the scheduler which processes train together"
     try:
-        return complete_place(address, count, number, config.join_timeout_s)
+        with Waiting(lambda: ask, config.join_timeout_s):
+            return complete_place(address, count, number, config.join_timeout_s)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MeshLMError(

@@ -11,17 +11,23 @@ In a run of one process everything here does nothing and costs nothing.
 import contextlib
 import itertools
 import json
+import logging
+import socket
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from meshlm.core.address import UnreachableError, is_loopback, look_up, split_address
 from meshlm.core.errors import MeshLMError
 from meshlm.core.jax_internals import distributed_state
 from meshlm.core.place import ProcessConfig, find_place
-from meshlm.core.roll_call import call_roll, is_loopback, split_address
+from meshlm.core.roll_call import call_roll, shown
+from meshlm.core.waiting import Waiting
 from meshlm.core.watch import Watch
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _LONG_MS = 24 * 60 * 60 * 1000
 _LAG_STEPS = 3
@@ -47,29 +53,17 @@ def join(config: ProcessConfig) -> None:
 
     if _watch is not None:
         return
+    several_machines = False
     if not jax.distributed.is_initialized():
         place = find_place(config)
         if place is None:
             return
-        address, count, number, devices = place
-        call_roll(address, number, count, config.join_timeout_s)
-        # SIGTERM is ours: see `Stop`.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            address,
-            count,
-            number,
-            local_device_ids=devices,
-            # Else JAX listens on every interface, and takes anybody.
-            coordinator_bind_address=address if is_loopback(split_address(address)[0]) else None,
-            cluster_detection_method="deactivate",
-            initialization_timeout=config.join_timeout_s,
-            # The watch is to be first: it says in a line what JAX says in a dump.
-            heartbeat_timeout_seconds=2 * config.heartbeat_timeout_s,
-            shutdown_timeout_seconds=config.heartbeat_timeout_s,
-        )
+        several_machines = _connect(place, config)
     # Each process tells the others of its devices when JAX starts: none may start alone.
-    jax.devices()
+    with Waiting(lambda: f"process {jax.process_index()} waits for the devices of all processes"):
+        jax.devices()
+    if several_machines and jax.default_backend() == "cpu":
+        _warn_of_loopback_name(socket.gethostname())
     state = distributed_state()
     _watch = Watch(
         state.client,
@@ -78,6 +72,54 @@ def join(config: ProcessConfig) -> None:
         jax.process_count(),
         config.heartbeat_timeout_s,
     )
+
+
+def _connect(place: tuple[str, int, int, Any], config: ProcessConfig) -> bool:
+    """Connects JAX; returns whether this process knows that there is more than one machine."""
+    import jax
+
+    address, count, number, devices = place
+    several_machines = call_roll(address, number, count, config.join_timeout_s)
+    # SIGTERM is ours: see `Stop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    host, port = split_address(address)
+    alone = is_loopback(host)
+    what = f"process {number} waits for JAX to connect all {count} processes at {address}"
+    with Waiting(lambda: what, config.join_timeout_s):
+        jax.distributed.initialize(
+            # Process 0 reaches itself also where its own machine does not know its name.
+            f"127.0.0.1:{port}" if number == 0 and not alone else address,
+            count,
+            number,
+            local_device_ids=devices,
+            # Else JAX listens on every interface, and takes anybody.
+            coordinator_bind_address=address if alone else None,
+            cluster_detection_method="deactivate",
+            initialization_timeout=config.join_timeout_s,
+            # The watch is to be first: it says in a line what JAX says in a dump.
+            heartbeat_timeout_seconds=2 * config.heartbeat_timeout_s,
+            shutdown_timeout_seconds=config.heartbeat_timeout_s,
+        )
+    return several_machines
+
+
+def _warn_of_loopback_name(name: str) -> None:
+    """Warns where gloo, JAX's exchange between CPUs, would give other machines a loopback address.
+
+    Debian's /etc/hosts has a machine's own name at 127.0.1.1, and gloo takes the name's address.
+    """
+    try:
+        addresses = [place[0] for _, place in look_up(name, 0)]
+    except UnreachableError as error:
+        _log.warning("%s: exchanges with other machines will fail; see /etc/hosts", error)
+        return
+    if all(is_loopback(address) for address in addresses):
+        _log.warning(
+            "this machine's name %s is %s in /etc/hosts, which other machines do not reach: "
+            "exchanges with them will fail; give the name its address on the network there",
+            name,
+            addresses[0],
+        )
 
 
 def _client() -> Any:
@@ -94,29 +136,33 @@ def count() -> int:
     return 1 if _watch is None else _watch.count
 
 
-def together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T], doing: str = "") -> T:
     """Returns what `work` returns here, once it has returned in every process.
+
+    Args:
+        doing: what `work` does, such as `opening the store`, for those who wait for it.
 
     Raises:
         MeshLMError: `work` failed here; or elsewhere, with that process's number and its exit code.
     """
     global _known
     if _watch is None:
-        return work()
+        with _working(doing):
+            return work()
     key = f"meshlm/meeting/{next(_meetings)}"
     failed: Exception | None = None
     result: Any = None
     try:
-        result = work()
+        with _working(doing):
+            result = work()
     except Exception as error:  # whatever it is, the others must not wait
         failed = error
     said = {} if failed is None else {"exit_code": _code_of(failed), "message": _line_of(failed)}
     client = _client()
     client.key_value_set(f"{key}/{_watch.number}", json.dumps(said))
-    client.wait_at_barrier(key, _LONG_MS)
-    heard = {
-        int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"{key}/")
-    }
+    with Waiting(lambda: _who_is_missed(key, doing)):
+        client.wait_at_barrier(key, _LONG_MS)
+    heard = _heard_at(key)
     if failed is None:
         number = next((n for n in sorted(heard) if heard[n]), None)
         if number is None:
@@ -125,6 +171,27 @@ def together(work: Callable[[], T]) -> T:
         failed.exit_code = heard[number]["exit_code"]
     _known = failed
     raise failed
+
+
+def _working(doing: str) -> contextlib.AbstractContextManager[object]:
+    """Returns a block that says what it does where that takes long: a disk may be stuck."""
+    return Waiting(lambda: f"still {doing}") if doing else contextlib.nullcontext()
+
+
+def _heard_at(key: str) -> dict[int, dict[str, Any]]:
+    """Returns what each process has said at a meeting, by number."""
+    found = _client().key_value_dir_get(f"{key}/")
+    return {int(name.rpartition("/")[2]): json.loads(text) for name, text in found}
+
+
+def _who_is_missed(key: str, doing: str) -> str:
+    assert _watch is not None
+    with contextlib.suppress(_jax_error()):
+        missing = sorted(set(range(_watch.count)) - _heard_at(key).keys())
+        text = f"process {_watch.number} waits for {len(missing)} of {_watch.count} processes"
+        text += f" ({shown(missing)})" if missing else ""
+        return f"{text}, which are still {doing}" if doing else text
+    return f"process {_watch.number} waits for the others"
 
 
 class _PeerError(MeshLMError):
@@ -140,15 +207,15 @@ def _line_of(error: BaseException) -> str:
     return line if isinstance(error, MeshLMError) else f"{type(error).__name__}: {line}"
 
 
-def share(value: Callable[[], str]) -> str:
-    """Returns process 0's text in every process; `value` runs there alone.
+def share(value: Callable[[], str], doing: str = "") -> str:
+    """Returns process 0's text in every process; `value`, which is `doing` that, runs there alone.
 
     Raises:
         MeshLMError: as `together`.
     """
+    text = together(value if is_first() else lambda: "", doing)
     if _watch is None:
-        return value()
-    text = together(value if is_first() else lambda: "")
+        return text
     key = f"meshlm/shared/{next(_meetings)}"
     if is_first():
         _client().key_value_set(key, text)

@@ -18,7 +18,8 @@ import threading
 import time
 from typing import Any
 
-from meshlm.core.roll_call import split_address
+from meshlm.core.address import split_address
+from meshlm.core.waiting import Waiting
 
 _BEATS, _WORDS, _HEARD, _END = "meshlm/beat", "meshlm/words", "meshlm/heard", "meshlm/end"
 _BEATS_A_TIMEOUT = 6
@@ -88,7 +89,10 @@ class Watch:
             self._over.set()
             self._end_after_words(self._failed_with, dead=None)
         _set_abort_handler(None)
-        with contextlib.suppress(Exception):
+        with (
+            Waiting(lambda: f"process {self.number} is done and waits for the others to end"),
+            contextlib.suppress(Exception),
+        ):
             self._client.wait_at_barrier(_END, _END_TIMEOUT_MS)
         self._over.set()
         # Python must not end while a thread is inside of JAX: the process would be aborted.

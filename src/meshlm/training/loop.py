@@ -86,7 +86,9 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     try:
         config = config.on_devices(jax.devices())
         with use_rules(config.rules), held_folder(config):
-            record, stores, mesh = processes.together(lambda: resolve(config))
+            record, stores, mesh = processes.together(
+                lambda: resolve(config), f"opening the run {config.run} and its stores"
+            )
             refuse_other_options(config, record)
             with use_mesh(mesh):
                 return _Run(config, record, stores, mesh, console or Console()).train()

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +28,7 @@ from meshlm.training.origin import check_tokenizer, describe_origin, open_origin
 from meshlm.training.run_folder import CONFIG_FILE, free_options, read_config
 from meshlm.training.settings import read_settings
 
-_log = logging.getLogger(__name__)
-
 _FOLDER_TIMEOUT_S = 60.0  # file systems show others' files late
-_TELL_AFTER_S = 3.0
 # What a run that was killed at its very beginning leaves.
 _BEFORE_CONFIG = (LOCK_NAME, f"{CONFIG_FILE}.partial")
 
@@ -64,8 +60,12 @@ def held_folder(config: TrainConfig) -> Iterator[None]:
         BusyError: another run is in it.
     """
     with contextlib.ExitStack() as held:
-        holder = share(lambda: _take_folder(config, held))
-        together(lambda: _find_folder(config.run, holder))
+        run = config.run
+        holder = share(lambda: _take_folder(config, held), f"opening the run's folder {run}")
+        together(
+            lambda: _find_folder(run, holder),
+            f"waiting to see {run} as process 0 does, {_FOLDER_TIMEOUT_S:.0f} s at most",
+        )
         yield
 
 
@@ -80,8 +80,7 @@ def _take_folder(config: TrainConfig, held: contextlib.ExitStack) -> str:
 
 
 def _find_folder(run: Path, holder: str) -> None:
-    began_s = time.monotonic()
-    until_s, told = began_s + _FOLDER_TIMEOUT_S, False
+    until_s = time.monotonic() + _FOLDER_TIMEOUT_S
     while True:
         with contextlib.suppress(OSError):
             if files.read(run / LOCK_NAME).decode() == holder:
@@ -91,11 +90,6 @@ def _find_folder(run: Path, holder: str) -> None:
                 f"--run {run} is not the folder that process 0 has: give a folder on a file "
                 "system that all processes share"
             )
-        if not told and time.monotonic() > began_s + _TELL_AFTER_S:
-            _log.warning(
-                "waiting to see %s as process 0 does, %.0f s at most", run, _FOLDER_TIMEOUT_S
-            )
-            told = True
         time.sleep(0.5)
 
 

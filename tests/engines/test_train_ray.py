@@ -1,0 +1,58 @@
+"""launch/train_ray.py on a real Ray: two workers train; one is killed, and all go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import psutil
+import pytest
+
+from programs import LAUNCH, Program, eventually
+from runs import SMALL, lines
+
+pytestmark = pytest.mark.timeout(400)
+
+STEPS = 400
+
+
+def launch(ray, folder, *words) -> Program:
+    """The template with two workers."""
+    _, env = ray
+    command = [sys.executable, LAUNCH / "train_ray.py", "--workers", "2", "--failures", "3", "--"]
+    return Program([*command, *words], folder / "log", env)
+
+
+def test_two_workers_train_and_go_on_after_one_was_killed(ray, store, tmp_path):
+    head, _ = ray
+    run = tmp_path / "run"
+    options = (f"--run={run}", f"--data={store}", f"--steps={STEPS}", "--mesh.data=2")
+    program = launch(ray, tmp_path, *SMALL, *options, "--checkpoint-every=10")
+
+    def has_saved() -> bool:
+        assert program.process.poll() is None, program.text
+        return (run / "checkpoints" / "step_10").is_dir()
+
+    try:
+        eventually(has_saved, 240, lambda: program.text)
+        processes = head.find("train", f"--run={run}")
+        assert len(processes) == 2
+        first = {process.pid for process in processes}
+        processes[0].send_signal(signal.SIGKILL)
+        assert program.process.wait(240) == 0, program.text
+    finally:
+        program.end()
+    assert not [pid for pid in first if psutil.pid_exists(pid)]
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
+    assert "going on" in (run / "log.txt").read_text() or "resum" in (run / "log.txt").read_text()
+    assert json.loads((run / "config.json").read_text())
+
+
+def test_a_wrong_command_is_handed_back_at_once(ray, store, tmp_path):
+    options = (f"--run={tmp_path / 'run'}", f"--data={store}", "--steps=2", "--mesh.data=3")
+    program = launch(ray, tmp_path, *SMALL, *options)
+    try:
+        assert program.process.wait(240) == 2, program.text
+    finally:
+        program.end()
