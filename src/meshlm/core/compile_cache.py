@@ -4,11 +4,10 @@ What lies in it is run as it is: whoever can write there can run code as the ser
 """
 
 import os
-import stat
 from pathlib import Path
 
 from meshlm.core.errors import UsageError
-from meshlm.core.private_folder import make_private, private_folder
+from meshlm.core.private_folder import make_private, private_folder, why_not_private
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -45,14 +44,13 @@ def prepare_compile_cache(given: str | None) -> Path | None:
     folder = Path(given)
     try:
         make_private(folder)
-        found = folder.stat()
+        reason = why_not_private(folder)
     except OSError as error:
         raise UsageError(f"--compile-cache {folder}: {error.strerror}") from None
-    if not stat.S_ISDIR(found.st_mode) or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--compile-cache {folder}: no folder that can be written")
-    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if reason is not None:
         raise UsageError(
-            f"--compile-cache {folder}: others can write there, and what is there is run; "
-            "chmod 700 it, or give another"
+            f"--compile-cache {folder}: others can write there, and what is there is run: {reason}"
         )
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--compile-cache {folder}: no folder that can be written")
     return folder
