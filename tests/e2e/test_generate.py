@@ -41,16 +41,18 @@ def test_prompts_from_files_and_standard_input(meshlm, run_of_10, tmp_path, monk
     assert generated(meshlm, run_of_10, *file) == wanted
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     assert generated(meshlm, run_of_10, "--prompt-file", "-", "--max-tokens", "4") == wanted
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     code, _, err = meshlm("generate", run_of_10, "--prompt-file", "-")
     assert code == 2
     assert "standard input is not UTF-8" in one_line(err)
 
 
-@pytest.mark.parametrize("prompt", ["", "---", "--json", "-x", " "])
+@pytest.mark.parametrize("prompt", ["", "--json", "-h", "--help", "--verbose", "--- a", " "])
 def test_odd_prompts(meshlm, run_of_10, prompt):
-    words = (f"--prompt={prompt}", "--max-tokens", "2")
-    assert len(generated(meshlm, run_of_10, *words)[0]["tokens"]) == 2
+    words = ("--max-tokens", "2", "--seed", "-5", "--stop", "--")
+    found = generated(meshlm, run_of_10, "--prompt", prompt, *words)
+    assert len(found[0]["tokens"]) == 2
+    assert generated(meshlm, run_of_10, f"--prompt={prompt}", *words) == found
 
 
 def test_samples_and_seeds(meshlm, run_of_10):
@@ -139,6 +141,15 @@ def test_a_run_falls_back_from_a_damaged_checkpoint(meshlm, run_of_10, tmp_path,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype(meshlm, run_of_10, dtype):
     assert generated(meshlm, run_of_10, "--prompt", PROMPT, "--max-tokens", "2", "--dtype", dtype)
+
+
+def test_generation_ends_with_its_reader(cli, compiled, run_of_10):
+    words = ("generate", run_of_10, "--prompt", PROMPT, "--max-tokens", "60", "--temperature", "0")
+    process = cli.start(*words, env=compiled)
+    assert process.stdout.read(4) == PROMPT[:4]
+    process.stdout.close()
+    assert process.wait(120) == 141
+    assert process.stderr.read() == ""
 
 
 def test_without_a_terminal(cli, compiled, run_of_10):

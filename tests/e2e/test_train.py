@@ -263,6 +263,29 @@ def test_samples(meshlm, store, tmp_path):
     assert "step 2: 'def " in out
 
 
+def test_run_whose_messages_nobody_can_read_loses_nothing(cli, compiled, store, tmp_path):
+    run = tmp_path / "run"
+    words = ("train", *SMALL, "--data", store, "--run", run, "--steps", "6")
+    samples = ("--sample-every", "2", "--sample-tokens", "2", "--sample-prompts", "été 日")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = cli.start(*words, *samples, env={**compiled, **locale})
+    said = process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(300) == 0, process.stderr.read()
+    assert said.startswith("test: ")
+    (told,) = process.stderr.read().splitlines()
+    assert told.endswith(
+        "standard output cannot be written any more (Broken pipe): the work goes on without it"
+    )
+    assert len(lines(run)) == 6
+    assert checkpoint.complete_steps(run / "checkpoints") == [6]
+    for step in (2, 4, 6):
+        found = json.loads((run / "samples" / f"step_{step}.json").read_text("utf-8"))
+        assert found["samples"][0]["prompt"] == "été 日"
+        assert f"step {step}: 'été 日" in (run / "log.txt").read_text("utf-8")
+    assert (run / "report.html").exists()
+
+
 # Going on.
 
 

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tyro.conf import Positional
 
 from meshlm.cli.help import command_help
 from meshlm.cli.options import options_of
-from meshlm.cli.parse import parse
+from meshlm.cli.parse import parse, sort
 from meshlm.core.errors import BadInputError, BusyError, MeshLMError, StoppedError, UsageError
 
 entry = importlib.import_module("meshlm.cli.main")
+
+
+# Texts that look like options, or are some.
+DASHED = ("-", "--", "---", "-h", "--help", "--verbose", "--dry", "--text", "-x", "--- a", "-5")
+DASHED += ("--text=a", "--dry=", "-h=", "--tyro-print-completion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class Config:
 
 
 def parsed(*words: str) -> Config:
-    return parse(Config, words, "meshlm do")
+    return parse(Config, sort(Config, words, "meshlm do"), "meshlm do")
 
 
 def test_nothing_given():
@@ -90,16 +95,54 @@ def test_nothing_given():
         (["--text="], {"text": ""}),
         (["--text", "a=b"], {"text": "a=b"}),
         (["--text=a=b"], {"text": "a=b"}),
+        *(([f"--text={text}"], {"text": text}) for text in DASHED),
+        *((["--text", text], {"text": text}) for text in DASHED),
+        *(([f"--many={text}"], {"many": (text,)}) for text in DASHED),
+        *((["--many", text], {"many": (text,)}) for text in DASHED),
+        *((["--many", text, "--many", text, "b"], {"many": (text, text, "b")}) for text in DASHED),
+        (["--count", "-5"], {"count": -5}),
+        (["--count=-5"], {"count": -5}),
+        (["--verbose", "--text", "--verbose", "--verbose"], {"text": "--verbose"}),
     ],
 )
 def test_values(words, wanted):
     assert parsed("here", *words) == Config(path=Path("here"), **wanted)
 
 
-@given(st.text(min_size=1).filter(lambda text: not text.startswith("--")))
+@settings(max_examples=30)
+@given(st.text() | st.sampled_from(DASHED))
 def test_any_text_is_a_value(text):
     assert parsed("here", "--text", text).text == text
     assert parsed("here", f"--text={text}").text == text
+    assert parsed("here", "--many", text).many == (text,)
+    assert parsed("--", text).path == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--help"], (True, False)),
+        (["a", "-h"], (True, False)),
+        (["--help", "--no-such-option"], (True, False)),
+        (["--verbose", "--help"], (True, True)),
+        (["--text", "--help"], (False, False)),
+        (["--text=-h", "--verbose"], (False, True)),
+        (["--text", "--verbose"], (False, False)),
+        (["--many", "a", "-h"], (True, False)),
+        (["--dry", "--help"], (True, False)),
+        (["--", "--help", "--verbose"], (False, False)),
+    ],
+)
+def test_help_and_verbose_are_options_where_they_are_no_values(words, wanted):
+    found = sort(Config, words, "meshlm do")
+    assert (found.help, found.verbose) == wanted
+
+
+def test_what_stands_after_two_dashes():
+    assert parsed("--count", "3", "--", "--dry").path == Path("--dry")
+    assert parsed("--many", "a", "--", "-x=1") == Config(path=Path("-x=1"), many=("a",))
+    assert sort(Config, ["a", "--", "b", "--", "--dry"], "meshlm do").after == ["b", "--", "--dry"]
+    assert parsed("a=b", "--text", "c=d").path == Path("a=b")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +156,11 @@ def test_any_text_is_a_value(text):
         (["a", "-x"], "unknown option -x: see `meshlm do --help`"),
         (["a", "--count"], "--count has no value: see `meshlm do --help`"),
         (["a", "--count", "--dry"], "--count has no value: see `meshlm do --help`"),
+        (["a", "--count", "--help"], "--count has no value: see `meshlm do --help`"),
+        (["a", "--text"], "--text has no value: see `meshlm do --help`"),
+        (["a", "--text", "--dry", "b"], "unexpected b: see `meshlm do --help`"),
+        (["a", "--", "b"], "unexpected b: see `meshlm do --help`"),
+        (["a", "--count", "-x"], "--count -x: give a whole number"),
         (["a", "--many"], "--many has no value: see `meshlm do --help`"),
         (["a", "--count", "x"], "--count x: give a whole number"),
         (["a", "--count", "1.5"], "--count 1.5: give a whole number"),
@@ -172,9 +220,9 @@ def test_exit_codes(capsys, error, code):
     def work() -> int:
         raise error
 
-    assert entry._guarded(work, False) == code
+    assert entry._guarded(work, lambda: False) == code
     assert capsys.readouterr().err == "meshlm: no\n"
-    assert entry._guarded(work, True) == code
+    assert entry._guarded(work, lambda: True) == code
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("meshlm: no\n")
@@ -184,7 +232,7 @@ def test_what_nobody_foresaw_is_one_line_too(capsys):
     def work() -> int:
         raise RuntimeError("first\nsecond")
 
-    assert entry._guarded(work, False) == 1
+    assert entry._guarded(work, lambda: False) == 1
     assert capsys.readouterr().err == "meshlm: RuntimeError: first (--verbose shows where)\n"
 
 
@@ -197,7 +245,7 @@ def test_interrupted(capsys):
     def work() -> int:
         raise KeyboardInterrupt
 
-    assert entry._guarded(work, False) == 130
+    assert entry._guarded(work, lambda: False) == 130
     assert capsys.readouterr().err == "meshlm: interrupted\n"
 
 

@@ -1,7 +1,7 @@
 """meshlm generate"""
 
+import dataclasses
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from meshlm.api import load
+from meshlm.cli.texts import read_text, text_of_word
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.generation import Generation, SamplingConfig
@@ -32,7 +33,7 @@ class Config:
     prompt: str | None = None
     """The text to continue."""
     prompt_file: Path | None = None
-    """A file whose whole text is the prompt; - reads standard input."""
+    """A UTF-8 file whose whole text is the prompt; - reads standard input."""
     max_tokens: int = 64
     """The most tokens to generate for each sample."""
     temperature: float = 0.8
@@ -48,7 +49,7 @@ class Config:
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are not part of it."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """The same seed gives the same text; any 64-bit integer."""
     n: Annotated[int, arg(aliases=("-n",))] = 1
     """Samples to make."""
     logprobs: int | None = None
@@ -79,6 +80,8 @@ def run(config: Config) -> None:
     prompt = _prompt(config)
     shared = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(Config)}
     sampling = SamplingConfig(**{name: getattr(config, name) for name in shared})
+    stop = tuple(text_of_word(text, "--stop") for text in sampling.stop)
+    sampling = dataclasses.replace(sampling, stop=stop)
     model = load(
         config.path,
         profile=config.profile,
@@ -113,23 +116,10 @@ def run(config: Config) -> None:
 def _prompt(config: Config) -> str:
     if (config.prompt is None) == (config.prompt_file is None):
         raise UsageError("give either --prompt TEXT or --prompt-file FILE")
-    if config.prompt_file is None:
-        assert config.prompt is not None
-        # Bytes of the command line that are no UTF-8 come as lone surrogates.
-        return _decode(os.fsencode(config.prompt), "--prompt")
-    if str(config.prompt_file) == "-":
-        return _decode(sys.stdin.buffer.read(), "standard input")
-    try:
-        return _decode(config.prompt_file.read_bytes(), f"--prompt-file {config.prompt_file}")
-    except OSError as error:
-        raise UsageError(f"--prompt-file {config.prompt_file}: {error.strerror}") from None
-
-
-def _decode(data: bytes, what: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{what} is not UTF-8: {error}") from None
+    if config.prompt_file is not None:
+        return read_text(config.prompt_file, "--prompt-file")
+    assert config.prompt is not None
+    return text_of_word(config.prompt, "--prompt")
 
 
 def _write(text: str) -> None:

@@ -15,12 +15,13 @@ from types import FrameType
 from typing import Any
 
 from meshlm.cli.help import command_help
-from meshlm.cli.parse import parse
+from meshlm.cli.options import HELP, VERBOSE, Words
+from meshlm.cli.parse import parse, sort
 from meshlm.core import processes
-from meshlm.core.errors import MeshLMError, StoppedError, UsageError
+from meshlm.core.errors import MeshLMError, ReaderGoneError, StoppedError, UsageError
 from meshlm.core.platform import huge_page_variables
+from meshlm.core.standard_streams import StandardStreams, open_streams
 
-_HELP = ("-h", "--help")
 _TRAINING = (["train"], ["demo"])
 
 
@@ -35,39 +36,66 @@ class Command:
     """Exit code after SIGTERM, until the command has a handler of its own."""
     passes_on: bool = False
     """What stands after -- is not its own: `run` takes it as words."""
+    prints_result: bool = False
+    """Standard output has what the command is for, unless it is written to --out, not messages."""
 
 
 # A module is imported when its command runs, so that help and mistakes answer at once.
 COMMANDS = (
     Command("demo", "demo", "train a small GPT-J on text found here, and let it write"),
     Command("data prepare", "prepare", "turn text into a token store"),
-    Command("data inspect", "inspect", "show what a token store holds"),
+    Command("data inspect", "inspect", "show what a token store holds", prints_result=True),
     Command("train", "train", "train a model, or go on where a run stopped"),
-    Command("generate", "generate", "let a model continue a prompt"),
+    Command("generate", "generate", "let a model continue a prompt", prints_result=True),
     Command(
         "serve", "serve", "serve a model: an OpenAI-compatible API and a web page", stop_code=0
     ),
     Command("convert", "convert", "turn weights into another format, with a certificate"),
-    Command("convert-config", "convert_config", "turn the original's configuration into ours"),
-    Command("compare", "compare", "say how far two checkpoints or profiles are apart"),
-    Command("verify", "verify", "check a run, a checkpoint or a token store for damage"),
+    Command(
+        "convert-config",
+        "convert_config",
+        "turn the original's configuration into ours",
+        prints_result=True,
+    ),
+    Command(
+        "compare",
+        "compare",
+        "say how far two checkpoints or profiles are apart",
+        prints_result=True,
+    ),
+    Command(
+        "verify",
+        "verify",
+        "check a run, a checkpoint or a token store for damage",
+        prints_result=True,
+    ),
     Command("launch local", "launch", "train as several processes on this machine", passes_on=True),
-    Command("plan", "plan", "tell what a training step needs and takes, on devices not here"),
-    Command("doctor", "doctor", "tell what this machine and this installation can do"),
+    Command(
+        "plan",
+        "plan",
+        "tell what a training step needs and takes, on devices not here",
+        prints_result=True,
+    ),
+    Command(
+        "doctor",
+        "doctor",
+        "tell what this machine and this installation can do",
+        prints_result=True,
+    ),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of `meshlm ARGUMENTS...` (the process's own, unless given)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None and words[:1] in _TRAINING:
-        _begin_again_on_huge_pages()
-    verbose = "--verbose" in words
-    words = [word for word in words if word != "--verbose"]
-    if not verbose:
-        # Orbax logs tracebacks of what it raises again and what we then say in a line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-    code = _guarded(lambda: _run(words), verbose)
+    streams = StandardStreams()
+    if arguments is None:
+        if words[:1] in _TRAINING:
+            _begin_again_on_huge_pages()
+        streams = open_streams()
+    invocation = _Invocation(words, streams)
+    code = _guarded(invocation, lambda: invocation.verbose)
+    streams.flush()
     processes.leave()
     return code
 
@@ -82,28 +110,56 @@ def _begin_again_on_huge_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | variables)
 
 
-def _run(words: list[str]) -> int:
-    if not words or words[0] in _HELP:
-        print(_help())
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(f"meshlm {version('meshlm')}")
-        return 0
-    command, rest = _find(words)
-    # From the first moment on: what can be saved is saved by the command's own handler.
-    signal.signal(signal.SIGTERM, functools.partial(_stop, command.stop_code))
-    module = importlib.import_module(f"meshlm.cli.{command.module}")
-    prog = f"meshlm {command.words}"
-    passed_on: tuple[list[str], ...] = ()
-    if command.passes_on:
-        at = rest.index("--") if "--" in rest else len(rest)
-        rest, passed_on = rest[:at], (rest[at + 1 :],)
-    if any(word in _HELP for word in rest):
-        print(command_help(module.Config, prog, module.EXAMPLES))
-        return 0
-    if hasattr(module, "expand"):
-        rest = module.expand(rest)
-    return module.run(parse(module.Config, rest, prog), *passed_on) or 0
+class _Invocation:
+    """One call of `meshlm`: its words, and what is known of them so far."""
+
+    def __init__(self, words: list[str], streams: StandardStreams) -> None:
+        self._words, self._streams = words, streams
+        self.verbose = False
+
+    def __call__(self) -> int:
+        """Returns the exit code."""
+        words = self._words
+        while words[:1] == [VERBOSE]:
+            words = words[1:]
+        if not words or words[0] in HELP:
+            print(_help())
+            return 0 if words else 2
+        if words[0] == "--version":
+            print(f"meshlm {version('meshlm')}")
+            return 0
+        if group := _asked_group(words):
+            print(_help(group))
+            return 0
+        # Until the words are sorted it is not known whether this one is an option or a value.
+        self.verbose = VERBOSE in self._words
+        command, rest = _find(words)
+        # From the first moment on: what can be saved is saved by the command's own handler.
+        signal.signal(signal.SIGTERM, functools.partial(_stop, command.stop_code))
+        module = importlib.import_module(f"meshlm.cli.{command.module}")
+        sorted_words = sort(module.Config, rest, f"meshlm {command.words}")
+        self.verbose = sorted_words.verbose or words != self._words
+        if not self.verbose:
+            # Orbax logs tracebacks of what it raises again and what we then say in a line.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
+        return self._run(command, module, sorted_words)
+
+    def _run(self, command: Command, module: Any, words: Words) -> int:
+        prog = f"meshlm {command.words}"
+        if words.help:
+            print(command_help(module.Config, prog, module.EXAMPLES))
+            return 0
+        if hasattr(module, "expand"):
+            words.values = module.expand(words.values)
+        passed_on: tuple[list[str], ...] = ()
+        if command.passes_on:
+            passed_on, words.after = (words.after,), []
+        config = parse(module.Config, words, prog)
+        if command.prints_result and getattr(config, "out", None) is None:
+            self._streams.expect_result()
+        else:
+            self._streams.expect_messages()
+        return module.run(config, *passed_on) or 0
 
 
 def _find(words: list[str]) -> tuple[Command, list[str]]:
@@ -111,9 +167,7 @@ def _find(words: list[str]) -> tuple[Command, list[str]]:
         parts = command.words.split()
         if words[: len(parts)] == parts:
             return command, words[len(parts) :]
-    group = [c for c in COMMANDS if c.words.startswith(words[0] + " ")]
-    if group and (len(words) == 1 or words[1] in _HELP):
-        raise _Shown(_help(group))
+    group = _group(words)
     known = [command.words for command in COMMANDS]
     given = " ".join(words[:2] if group else words[:1])
     near = difflib.get_close_matches(given, known, 1, 0.5)
@@ -121,8 +175,13 @@ def _find(words: list[str]) -> tuple[Command, list[str]]:
     raise UsageError(f"there is no command {given!r}: {hint}")
 
 
-class _Shown(Exception):  # noqa: N818 - it ends the work, but is no error
-    """Text that was asked for instead of work."""
+def _asked_group(words: list[str]) -> list[Command]:
+    """Returns the commands of a group, such as `data`, whose help is asked for."""
+    return _group(words) if len(words) == 1 or words[1] in HELP else []
+
+
+def _group(words: list[str]) -> list[Command]:
+    return [command for command in COMMANDS if command.words.startswith(words[0] + " ")]
 
 
 def _help(commands: Sequence[Command] = COMMANDS) -> str:
@@ -142,25 +201,23 @@ def _help(commands: Sequence[Command] = COMMANDS) -> str:
     )
 
 
-def _guarded(work: Callable[[], int], verbose: bool) -> int:
+def _guarded(work: Callable[[], int], is_verbose: Callable[[], bool]) -> int:
     try:
-        return work()
-    except _Shown as shown:
-        print(shown)
-        return 0
+        code = work()
+        # A result that cannot be written is an error like any other.
+        sys.stdout.flush()
+        return code
+    except ReaderGoneError as error:
+        return error.exit_code
     except MeshLMError as error:
-        return _fail(str(error), error.exit_code, verbose)
+        return _fail(str(error), error.exit_code, is_verbose())
     except KeyboardInterrupt:
-        return _fail("interrupted", 130, verbose)
-    except BrokenPipeError:
-        # The reader of our output went away: nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _fail("interrupted", 130, is_verbose())
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", 1, verbose)
+        return _fail(f"{error.strerror or error}{where}", 1, is_verbose())
     except Exception as error:
-        if verbose:
+        if is_verbose():
             traceback.print_exc()
         line = (str(error).strip() or "no reason given").split("\n")[0]
         return _fail(f"{type(error).__name__}: {line} (--verbose shows where)", 1, False)

@@ -3,8 +3,9 @@
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import tyro
@@ -12,6 +13,9 @@ import tyro
 from meshlm.core.errors import UsageError
 
 PARSER_CONFIG = (tyro.conf.FlagConversionOff,)
+HELP, VERBOSE = ("-h", "--help"), "--verbose"
+"""Options of every command."""
+_END_OF_OPTIONS = "--"
 _LOOKS_LIKE_OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
 _BOOLEANS = {"true": "True", "false": "False"}
 
@@ -35,6 +39,11 @@ class Option:
     def name(self) -> str:
         """The name that messages use."""
         return self.names[-1] if self.names[-1].startswith("-") else self.names[-1].upper()
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether any text is a value of it, the name of an option too."""
+        return self.value.startswith(("TEXT", "PATH"))
 
     @property
     def is_positional(self) -> bool:
@@ -75,33 +84,60 @@ def _value(metavar: str) -> str:
     return "" if shown == "{False,True}" else shown.replace("STR", "TEXT")
 
 
-def sort_words(
-    options: Sequence[Option], words: Sequence[str], see: str
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Returns the positional words, and the values given to each option by its name.
+@dataclass
+class Words:
+    """The words after a command, sorted."""
 
-    A switch may stand alone or before true or false. An option that takes many values may be given
-    several times. Of one that takes a single value the last one counts.
+    positional: list[str] = field(default_factory=list)
+    values: dict[str, list[str]] = field(default_factory=dict)
+    """What is given to each option, by the option's name."""
+    after: list[str] = field(default_factory=list)
+    """What stands after `--`."""
+    help: bool = False
+    """Help is asked for; what stands after that is not read."""
+    verbose: bool = False
+
+
+def sort_words(options: Sequence[Option], words: Sequence[str], see: str) -> Words:
+    """Returns the words sorted into arguments, options and their values.
+
+    The word after an option that takes a text is its value, whatever it looks like. A switch may
+    stand alone or before true or false. An option that takes many values may be given several
+    times. Of one that takes a single value the last one counts.
 
     Raises:
         UsageError: an option is unknown (the nearest one is named) or has no value.
     """
     known = {name: option for option in options for name in option.names}
-    positional: list[str] = []
-    values: dict[str, list[str]] = {}
-    rest = list(words)
+    found = Words()
+    rest = deque(words)
     while rest:
-        word = rest.pop(0)
-        option, attached = _lookup(known, word)
-        if option is None:
-            if _is_option(known, word):
-                raise UsageError(_unknown(known, word, see))
-            positional.append(word)
-            continue
-        taken = [attached] if attached is not None else _take(option, known, rest, see)
-        before = values.get(option.name, []) if option.takes_many else []
-        values[option.name] = before + taken
-    return positional, values
+        word = rest.popleft()
+        if word in HELP:
+            found.help = True
+            break
+        if word == VERBOSE:
+            found.verbose = True
+        elif word == _END_OF_OPTIONS:
+            found.after = list(rest)
+            break
+        else:
+            _sort_word(word, rest, known, found, see)
+    return found
+
+
+def _sort_word(
+    word: str, rest: deque[str], known: dict[str, Option], found: Words, see: str
+) -> None:
+    option, attached = _lookup(known, word)
+    if option is None:
+        if _is_option(known, word):
+            raise UsageError(_unknown(known, word, see))
+        found.positional.append(word)
+        return
+    taken = [attached] if attached is not None else _take(option, known, rest, see)
+    before = found.values.get(option.name, []) if option.takes_many else []
+    found.values[option.name] = before + taken
 
 
 def _lookup(known: dict[str, Option], word: str) -> tuple[Option | None, str | None]:
@@ -118,20 +154,34 @@ def _is_option(known: dict[str, Option], word: str) -> bool:
     return _lookup(known, word)[0] is not None or bool(_LOOKS_LIKE_OPTION.fullmatch(name))
 
 
-def _take(option: Option, known: dict[str, Option], rest: list[str], see: str) -> list[str]:
+def _take(option: Option, known: dict[str, Option], rest: deque[str], see: str) -> list[str]:
+    """Returns the values of an option, taken from the words after it."""
     if not option.value:
         explicit = bool(rest) and rest[0].lower() in _BOOLEANS
-        return [_BOOLEANS[rest.pop(0).lower()] if explicit else "True"]
-    if option.takes_many:
-        taken = []
-        while rest and not _is_option(known, rest[0]):
-            taken.append(rest.pop(0))
-    else:
-        # A single value may begin with a dash, as a prompt does now and then.
-        taken = [] if not rest or _lookup(known, rest[0])[0] else [rest.pop(0)]
-    if not taken:
+        return [_BOOLEANS[rest.popleft().lower()] if explicit else "True"]
+    # A prompt may be "--help"; no number is the name of an option.
+    if not rest or (not option.takes_text and _names_option(known, rest[0])):
         raise UsageError(f"{option.name} has no value: {see}")
+    taken = [rest.popleft()]
+    while option.takes_many and rest and not _ends_values(known, rest[0]):
+        taken.append(rest.popleft())
     return taken
+
+
+def _names_option(known: dict[str, Option], word: str) -> bool:
+    return word in (*HELP, VERBOSE) or _lookup(known, word)[0] is not None
+
+
+def _ends_values(known: dict[str, Option], word: str) -> bool:
+    return word == _END_OF_OPTIONS or _is_option(known, word)
+
+
+def check_known(options: Sequence[Option], names: Iterable[str], see: str) -> None:
+    """Raises UsageError, with the nearest option, where a name is none of the options'."""
+    known = {name: option for option in options for name in option.names}
+    for name in names:
+        if name not in known:
+            raise UsageError(_unknown(known, name, see))
 
 
 def _unknown(known: dict[str, Option], word: str, see: str) -> str:

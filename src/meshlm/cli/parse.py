@@ -1,7 +1,8 @@
 """Command lines into configuration dataclasses, and mistakes into one line.
 
-tyro makes the options from the dataclass. Its hook for parse errors is private to it, so the
-version of tyro is pinned exactly; the tests of this module hold what is used of it.
+tyro makes the options from the dataclass. Its hook for parse errors and its type of a value that is
+taken as it is are private to it, so the version of tyro is pinned exactly; the tests of this module
+hold what is used of it.
 """
 
 import difflib
@@ -10,29 +11,41 @@ from typing import NoReturn, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors
+from tyro._backends._tyro_backend import _LiteralValue
 
-from meshlm.cli.options import PARSER_CONFIG, Option, options_of, sort_words
+from meshlm.cli.options import PARSER_CONFIG, Option, Words, check_known, options_of, sort_words
 from meshlm.core.errors import UsageError
 
 T = TypeVar("T")
 
 
-def parse(config: type[T], words: Sequence[str], prog: str) -> T:
-    """Returns `config` made from the words after the command `prog`.
+def sort(config: type[T], words: Sequence[str], prog: str) -> Words:
+    """Returns the words after the command `prog`, sorted by the options of `config`.
+
+    Raises:
+        UsageError: an option is unknown or has no value.
+    """
+    return sort_words(options_of(config), words, f"see `{prog} --help`")
+
+
+def parse(config: type[T], words: Words, prog: str) -> T:
+    """Returns `config` made from sorted words; those after `--` are positional ones too.
 
     Raises:
         UsageError: an option is unknown, missing or has a value that it cannot take.
     """
     see = f"see `{prog} --help`"
     options = options_of(config)
-    positional, values = sort_words(options, words, see)
-    arguments = list(positional)
-    for name, given in values.items():
-        # After `=` tyro takes any value as it is, one that begins with a dash too.
-        arguments += [f"{name}={given[0]}"] if len(given) == 1 else [name, *given]
+    # A file of options may name others.
+    check_known(options, words.values, see)
+    arguments: list[str] = []
+    for name, given in words.values.items():
+        # tyro takes such a value as it is, one that begins with a dash too.
+        arguments += [name, *map(_LiteralValue, given)]
+    arguments += ["--", *words.positional, *words.after]
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-        raise UsageError(_describe(event, options, values, see))
+        raise UsageError(_describe(event, options, words.values, see))
 
     with tyro_errors.on_parse_error(refuse):
         return tyro.cli(config, args=arguments, prog=prog, config=PARSER_CONFIG)

@@ -1,5 +1,8 @@
 """meshlm train"""
 
+import dataclasses
+
+from meshlm.cli.texts import text_of_word
 from meshlm.core.processes import is_first
 from meshlm.training.config import TrainConfig as Config
 from meshlm.training.loop import train
@@ -18,6 +21,7 @@ EXAMPLES = (
 
 def run(config: Config) -> None:
     """Trains."""
-    result = train(config)
+    prompts = tuple(text_of_word(text, "--sample-prompts") for text in config.sample_prompts)
+    result = train(dataclasses.replace(config, sample_prompts=prompts))
     if is_first():
         print(f"{result.run}: step {result.step:,}; curves in {result.run / 'report.html'}")

@@ -28,6 +28,15 @@ class BusyError(MeshLMError):
     exit_code = 4
 
 
+class ReaderGoneError(MeshLMError):
+    """Nobody reads standard output any more. Exit code 141, as of a program that SIGPIPE ends."""
+
+    exit_code = 141
+
+    def __init__(self) -> None:
+        super().__init__("nobody reads standard output any more")
+
+
 class StoppedError(MeshLMError):
     """A signal ended the work and its state is saved: 75 for SIGTERM, 130 for SIGINT."""
 

@@ -6,7 +6,7 @@ A JSON object: `model` is a shape in full, every other key an option of `TrainCo
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +46,25 @@ def read_settings(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
     return from_dict(ModelConfig, model, f"--config {path}: model"), content
 
 
-def expand(words: Sequence[str]) -> list[str]:
-    """Returns a command line with the options of its --config file, where it has none of its own.
+def expand(values: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Returns a command line's values with those of its --config file where it has none.
+
+    Args:
+        values: what is given to each option, by the option's name.
 
     Raises:
         UsageError, BadInputError: as `read_settings`.
     """
-    path = _config_path(words)
-    if path is None:
-        return list(words)
-    _, options = read_settings(path)
-    given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    found: list[str] = []
-    for name, value in options.items():
-        for option, texts in _as_words(f"--{flag(name)}", value):
-            if option not in given:
-                found += [f"{option}={text}" for text in texts]
-    return [*found, *words]
-
-
-def _config_path(words: Sequence[str]) -> Path | None:
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == _OPTION and (equals or index + 1 < len(words)):
-            return Path(value if equals else words[index + 1])
-    return None
+    if _OPTION not in values:
+        return dict(values)
+    _, options = read_settings(Path(values[_OPTION][-1]))
+    found = {
+        option: texts
+        for name, value in options.items()
+        for option, texts in _as_words(f"--{flag(name)}", value)
+        if texts
+    }
+    return found | dict(values)
 
 
 def _as_words(option: str, value: Any) -> list[tuple[str, list[str]]]:
