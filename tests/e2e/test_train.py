@@ -475,6 +475,14 @@ def test_not_finite_never_reaches_the_weights(meshlm, store, tmp_path):
         if name.startswith(("params.", "optimizer.")):
             assert value.tobytes() == earlier[name].tobytes(), name
     assert meshlm(*command)[0] == 1
+    # A run that begins with such weights is told that they are to blame; its samples are no text.
+    after = ("--run", tmp_path / "after", "--init", run, "--steps", "12", "--sample-every", "6")
+    code, out, err = meshlm("train", *SMALL[:-2], "--data", store, *after)
+    assert code == 1
+    assert f"from the weights of {run}: it is the weights and not the data" in one_line(err)
+    assert "step 6: no samples: the model's output at position" in out
+    assert '"kind": "no samples"' in (tmp_path / "after/incidents.jsonl").read_text()
+    assert not list((tmp_path / "after/samples").glob("*"))
 
 
 def test_a_spike_never_reaches_the_weights(meshlm, store, tmp_path, monkeypatch):

@@ -373,6 +373,13 @@ def test_the_only_variant(tmp_path):
     assert "pytorch_model.fp16.bin: these weights are a pickle" in str(refusal(pickled))
 
 
+@pytest.mark.parametrize("option", ["tokenizer", "config"])
+def test_a_pointer_that_an_option_names(tmp_path, option):
+    folder = files(model(tmp_path / "m").parent, other__json=POINTER)
+    with pytest.raises(BadInputError, match=r"other\.json is a Git LFS pointer"):
+        open_source(tmp_path / "m", **{option: str(folder / "other.json")})
+
+
 def test_pointers_that_do_no_harm(tmp_path):
     folder = model(tmp_path / "m")
     for name in ("pytorch_model.bin", "flax_model.msgpack", "README.md"):

@@ -118,6 +118,15 @@ def refuse_unusable(path: Path) -> None:
             raise error
 
 
+def refuse_pointer(file: str | Path) -> None:
+    """Raises BadInputError where a file that an option names is Git LFS's stand-in for another."""
+    if is_pointer(Path(file)):
+        raise BadInputError(
+            f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+            f"{Path(file).parent}, or download it again"
+        )
+
+
 def unknown(path: Path, is_model: Callable[[Path], bool]) -> MeshLMError:
     """Returns the error of a path that holds no weights which can be read.
 

@@ -305,9 +305,19 @@ class _Run:
         if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise MeshLMError(
                 f"{in_a_row} steps in a row were skipped, the last, {step}, because "
-                f"{why_skipped(values)}: the weights are as before; lower --learning-rate in a new "
-                "run, or look at the data"
+                f"{why_skipped(values)}: {self._after_skipping(step - in_a_row)}"
             )
+
+    def _after_skipping(self, last_good: int) -> str:
+        """Returns what to do after a row of skipped steps."""
+        origin = self.record.origin
+        if origin is not None and last_good == self.record.first_step:
+            # Not even the first batch; the weights are finite, or nothing had begun.
+            return (
+                f"not one step could be taken from the weights of {origin.path}: it is the weights "
+                "and not the data; begin with another checkpoint"
+            )
+        return "the weights are as before; lower --learning-rate in a new run, or look at the data"
 
     def _write_line(self, step: int, values: dict[str, Any]) -> None:
         self.last_line = {"step": step, **values}
