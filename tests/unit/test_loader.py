@@ -203,6 +203,15 @@ def test_parse_mixture() -> None:
     assert parse_mixture(["a=b=2"]) == [(Path("a=b"), 1.0)]
 
 
+def test_stores_whose_path_holds_an_equals_sign(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("lang=en", "v=2", "w=2", "w"):
+        Path(name).mkdir()
+    assert parse_mixture(["lang=en", "v=2"]) == [(Path("lang=en"), 0.5), (Path("v=2"), 0.5)]
+    assert parse_mixture(["lang=en=3", "v=2=1"]) == [(Path("lang=en"), 0.75), (Path("v=2"), 0.25)]
+    assert parse_mixture(["w=2", "v=2=2"]) == [(Path("w"), 0.5), (Path("v=2"), 0.5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,11 @@ from rich.console import Console
 
 from meshlm.core.errors import BadInputError, BusyError, MeshLMError, UsageError
 from meshlm.data import journal, prepare, sample
+from meshlm.data.inspection import render
+from meshlm.data.names import from_json_name
+from meshlm.data.parsing import Parser
 from meshlm.data.prepare import PrepareConfig
+from meshlm.data.records import Record
 from meshlm.data.store import TokenStore, verify_store
 
 DRIVER = """
@@ -440,13 +445,12 @@ def test_the_tokenizer_learns_from_a_bounded_sample_of_training_documents(monkey
     monkeypatch.setattr(sample, "SAMPLE_BYTES", 1000)
     texts = [f"document {i} " + "x" * (i % 50) for i in range(300)]
     records = [
-        (0, prepare.Record(f":{i}", i, json.dumps({"text": t}).encode()))
-        for i, t in enumerate(texts)
+        (0, Record(f":{i}", i, json.dumps({"text": t}).encode())) for i, t in enumerate(texts)
     ]
-    chosen = sample.sample_texts(records, 0.2)
+    chosen = sample.sample_texts(records, Parser(), 0.2)
     size = sum(map(len, chosen))
     assert 1000 <= size < 1100
-    assert sorted(sample.sample_texts(records[::-1], 0.2)) == sorted(chosen)
+    assert sorted(sample.sample_texts(records[::-1], Parser(), 0.2)) == sorted(chosen)
 
 
 @pytest.mark.parametrize(
@@ -502,9 +506,189 @@ def test_bombs_and_endless_lines_need_no_memory(tmp_path):
         {"tokenizer": "train:"},
         {"tokenizer": "train:12"},
         {"tokenizer": "no/such/file"},
+        {"text_field": ""},
+        {"text_field": "caf\udce9"},
+        {"split_on": "\udce9"},
     ],
 )
 def test_nonsense_options_are_usage_errors(tmp_path, options):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UsageError):
         run([tmp_path / "a.txt"], tmp_path / "out", **options)
+
+
+def printed_by(*paths, out, **options) -> str:
+    printed = io.StringIO()
+    config = PrepareConfig(paths=tuple(map(str, paths)), out=str(out), **options)
+    prepare.prepare(config, Console(file=printed, width=500))
+    return printed.getvalue()
+
+
+def test_the_same_input_in_another_spelling_is_recognised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = '{"text": "some words"}\n' * 3
+    Path("a.jsonl").write_text(lines)
+    Path("b.jsonl").write_text(lines.replace("some", "more"))
+    first = run(["a.jsonl", "b.jsonl"], "out")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link.jsonl").symlink_to("../a.jsonl")
+    for a in ("./a.jsonl", tmp_path / "a.jsonl", "in/../a.jsonl", "in/link.jsonl"):
+        assert run([a, "b.jsonl"], "out") == first
+    monkeypatch.chdir(tmp_path / "in")
+    assert run(["../a.jsonl", "../b.jsonl"], "../out") == first
+    with pytest.raises(UsageError, match=r"the content of \.\./b\.jsonl changed"):
+        run(["../b.jsonl", "../a.jsonl"], "../out")
+    Path("a.txt").write_text(lines)
+    with pytest.raises(UsageError, match=r"input a\.jsonl is now a\.txt"):
+        run(["a.txt", "../b.jsonl"], "../out")
+
+
+def test_interrupted_work_goes_on_in_another_spelling_but_not_on_other_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(name).write_text(f"text {name} " * 200_000)
+        os.utime(name, ns=(10**18, 10**18))  # as files that were unpacked together have them
+    paths = ["a", "b"]
+    monkeypatch.setattr("meshlm.data.batches._BATCH_BYTES", 1)
+    append, count = journal.Appender.append, []
+
+    def stop(self, *args):
+        append(self, *args)
+        self.flush()
+        count.append(args)
+        if len(count) == 3:  # the second file has begun
+            raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Appender, "append", stop)
+        with pytest.raises(_KilledError):
+            run(paths, "out", workers=1)
+    with pytest.raises(BadInputError, match="b: the file changed"):
+        run(["b", "a"], "out", workers=1)
+    run([tmp_path / "a", "./b"], "out", workers=1)
+    run(paths, "fresh", workers=1)
+    assert Path("out/train.tokens.bin").read_bytes() == Path("fresh/train.tokens.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [{"text_field": "content"}, {"split_on": "|"}, {"split_on": ""}, {"format": "json"}]
+)
+def test_options_of_reading_belong_to_a_store(tmp_path, monkeypatch, options):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_text('{"text": "a|b", "content": "c|d"}\n' * 300)
+    monkeypatch.setattr("meshlm.data.batches._BATCH_RECORDS", 100)
+    name, value = next(iter(options.items()))
+    option = f"--{name.replace('_', '-')}"
+    _interrupted(monkeypatch, [path], out, **options)
+    with pytest.raises(UsageError, match=rf"{option} was {re.escape(value)}, now not given"):
+        run([path], out)
+    manifest = run([path], out, **options)
+    assert manifest == run([path], tmp_path / "fresh", **options)
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert manifest.options[name] == value
+    assert run([path], out, **options) == manifest
+    with pytest.raises(UsageError, match=rf"{option} was {re.escape(value)}, now not given"):
+        run([path], out)
+    run([path], out, force=True)
+    with pytest.raises(UsageError, match=rf"{option} was not given, now {re.escape(value)}"):
+        run([path], out, **options)
+
+
+def test_work_that_another_version_began_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 20_000)
+    _interrupted(monkeypatch, [tmp_path / "a.jsonl"], tmp_path / "out")
+    monkeypatch.setattr(prepare, "RULES", prepare.RULES + 1)
+    with pytest.raises(UsageError, match=r"begun by another version.*--force"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out")
+
+
+def test_manifests_of_before_are_read(tmp_path):
+    """Without kinds and with `binary`, as the first stores of format 1 have it."""
+    (tmp_path / "a.txt").write_text("one")
+    first = run([tmp_path / "a.txt"], tmp_path / "out")
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["left_out"]
+    for source in manifest["sources"]:
+        del source["kind"], source["note"]
+        source["binary"] = False
+    path.write_text(json.dumps(manifest))
+    again = run([tmp_path / "a.txt"], tmp_path / "out")
+    assert again.splits == first.splits
+    verify_store(tmp_path / "out")
+
+
+def test_names_that_are_not_utf8_are_kept_and_shown(tmp_path, monkeypatch):
+    name = os.fsdecode(b"caf\xe9\n.txt")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / name).write_text("words of a text\n" * 100_000)
+    (folder / os.fsdecode(b"\xff.npy")).write_bytes(b"\x93NUMPY\0")
+    _interrupted(monkeypatch, [folder], tmp_path / "out")
+    printed = printed_by(folder, out=tmp_path / "out")
+    assert "in/\\xff.npy: a NumPy array" in printed
+    assert "going on at input file" in printed
+    manifest = TokenStore.open(tmp_path / "out").manifest
+    assert [from_json_name(s.path) for s in manifest.sources] == [
+        str(folder / name),
+        str(folder / os.fsdecode(b"\xff.npy")),
+    ]
+    assert from_json_name(manifest.left_out[0].path) == str(folder / os.fsdecode(b"\xff.npy"))
+    assert "caf\\xe9" in render(TokenStore.open(tmp_path / "out"), 1)
+    run([folder], tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert "already done" in printed_by(folder, out=tmp_path / "out")
+
+
+def test_what_was_read_and_left_out_is_said(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(25):
+        (folder / f"{i:02}.bin").write_bytes(b"\0\1")
+    (folder / "c4.json.gz").write_bytes(gzip.compress(b'{"text": "words"}\n' * 3))
+    (folder / "tales.txt").write_text("one<|endoftext|>two")
+    printed = printed_by(folder, out=tmp_path / "out").splitlines()
+    assert "files by kind: 25 left out, 1 JSON lines, 1 text" in printed
+    assert f"{folder}/c4.json.gz: read as JSON lines" in printed
+    split = f"{folder}/tales.txt: split at each <|endoftext|> (--split-on '' keeps it one text)"
+    assert split in printed
+    named = [line for line in printed if line.startswith("left out: /")]
+    assert named == [f"left out: {folder}/{i:02}.bin: binary: byte 0 is NUL" for i in range(20)]
+    assert "and 5 more; the manifest has all of them" in printed
+    manifest = TokenStore.open(tmp_path / "out").manifest
+    assert [o.path for o in manifest.left_out] == [f"{folder}/{i:02}.bin" for i in range(25)]
+    assert {s.kind for s in manifest.sources} == {"left out", "jsonl", "text"}
+    assert sum(c.num_documents for c in manifest.splits.values()) == 5
+
+
+def test_end_of_text_and_byte_order_marks_within_fields_are_counted(tmp_path):
+    rows = [{"text": "one<|endoftext|>two"}, {"text": "a\ufeffb"}, {"text": "plain"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = printed_by(path, out=tmp_path / "out")
+    assert "<|endoftext|> is written out in 1 documents" in printed
+    assert "--split-on '<|endoftext|>'" in printed
+    assert "1 documents hold a byte-order mark (U+FEFF)" in printed
+    options = {"split_on": "<|endoftext|>", "force": True, "val_fraction": 0.0}
+    printed = printed_by(path, out=tmp_path / "out", **options)
+    assert "written out" not in printed
+    store = TokenStore.open(tmp_path / "out")
+    text = store.tokenizer.decode(store.read("train", 0, store.num_tokens("train")).tolist())
+    assert text == "one<|endoftext|>two<|endoftext|>a\ufeffb<|endoftext|>plain<|endoftext|>"
+    assert store.read("train", 0, store.num_tokens("train")).tolist().count(50256) == 4
+
+
+def test_documents_of_one_field_are_held_out_alone(tmp_path):
+    """Of the very first field only the first document is kept for training whatever its hash."""
+    texts = [f"document {i}" for i in range(300)]
+    held = []
+    for name, data in [
+        ("a.jsonl", json.dumps({"text": "|".join(texts)})),
+        ("b.txt", "|".join(texts)),
+        ("c.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts)),
+    ]:
+        (tmp_path / name).write_text(data)
+        run([tmp_path / name], tmp_path / "out", val_fraction=0.3, split_on="|", force=True)
+        held.append((tmp_path / "out/val.tokens.bin").read_bytes())
+    assert held[0] == held[1] == held[2]
+    assert len(held[0]) > 60

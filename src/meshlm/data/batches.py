@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 from meshlm.core.errors import BadInputError
 from meshlm.data.inputs import InputFile
-from meshlm.data.journal import Ended, Position, Totals
-from meshlm.data.readers import FileReader, Record
+from meshlm.data.journal import Ended, Plan, Position, Totals
+from meshlm.data.names import to_json_name
+from meshlm.data.readers import FileReader, Reading
+from meshlm.data.records import Record
 from meshlm.data.store import hash_file
 
 _BATCH_BYTES = 1 << 20
@@ -33,7 +35,7 @@ class Batch:
 
 
 def read_batches(
-    inputs: Sequence[InputFile], position: Position, *, allow_truncated: bool
+    inputs: Sequence[InputFile], position: Position, reading: Reading
 ) -> Iterator[Batch]:
     """The batches after `position`. Raises as `FileReader.records`."""
     batch = Batch()
@@ -42,7 +44,7 @@ def read_batches(
         here = position if source == position.source else Position(source=source)
         reader = FileReader(
             inputs[source],
-            allow_truncated=allow_truncated,
+            reading,
             expected=here.prefix if here.num_records else None,
         )
         for number, record in enumerate(reader.records(), start=1):
@@ -61,7 +63,8 @@ def read_batches(
             sha256=whole.sha256,
             modified_ns=inputs[source].modified_ns,
             truncated=reader.truncated,
-            binary=reader.binary,
+            kind=reader.kind,
+            note=reader.note,
         )
         batch.position = Position(source=source + 1)
         done_bytes += whole.num_bytes
@@ -71,17 +74,26 @@ def read_batches(
         yield batch
 
 
-def check_ended(inputs: Sequence[InputFile], totals: Totals, *, allow_truncated: bool) -> None:
+def check_ended(
+    inputs: Sequence[InputFile], began_with: Plan, totals: Totals, *, allow_truncated: bool
+) -> None:
     """Raises BadInputError if a file that was read to its end is another now, or was cut and must
-    not be."""
+    not be.
+
+    Args:
+        began_with: the plan with which the work began.
+    """
     for source, ended in totals.ended.items():
         file = inputs[source]
+        is_same = ended.modified_ns == file.modified_ns and (
+            began_with.inputs[source][0] == to_json_name(file.path)
+        )
         if ended.truncated and not allow_truncated:
             raise BadInputError(
                 f"{file.path}: the file is truncated and was read with --allow-truncated: "
                 "give that again, or begin again with --force"
             )
-        if ended.modified_ns != file.modified_ns and hash_file(file.path).sha256 != ended.sha256:
+        if not is_same and hash_file(file.path).sha256 != ended.sha256:
             raise BadInputError(
                 f"{file.path}: the file changed since the work on it began; "
                 "begin again with --force"

@@ -8,24 +8,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 import numpy as np
 
-from meshlm.data.readers import Record, document_key, pile_set_name
+from meshlm.data.parsing import Parser
+from meshlm.data.readers import END_OF_TEXT, Reading
+from meshlm.data.records import Record
 from meshlm.data.store import SPLITS, Counts, SplitCounts, token_dtype
 from meshlm.data.tokenizer import Tokenizer, from_json
 
 _Key = TypeVar("_Key", int, str)
-
-
-class _Line(msgspec.Struct):
-    text: str
-    meta: Any = None
-
-
-_decode_line = msgspec.json.Decoder(_Line).decode
 
 
 Records = list[tuple[int, Record]]
@@ -44,6 +37,9 @@ class Encoded:
         bad: (ordinal among the documents that end in this batch, file, where, reason).
         num_ended: documents that end in this batch, bad and empty ones included.
         num_empty: documents without text, which are left out.
+        left_out: (file, where, reason) of files and members that are not read.
+        num_marked: documents in which end-of-text is written out.
+        num_boms: documents with a byte-order mark within.
     """
 
     tokens: dict[str, bytes] = field(default_factory=dict)
@@ -51,42 +47,25 @@ class Encoded:
     sources: dict[int, SplitCounts] = field(default_factory=dict)
     sets: dict[str, SplitCounts] = field(default_factory=dict)
     bad: list[tuple[int, int, str, str]] = field(default_factory=list)
+    left_out: list[tuple[int, str, str]] = field(default_factory=list)
     num_ended: int = 0
     num_empty: int = 0
+    num_marked: int = 0
+    num_boms: int = 0
 
 
-def split_of(source: int, document: int, key: bytes, val_fraction: float) -> str:
+def split_of(source: int, document: Record, val_fraction: float) -> str:
     """The split of a document, by its key. The very first document of all is always `train`."""
-    chosen = int.from_bytes(key, "big") < val_fraction * 2.0**64
-    return "val" if chosen and (source, document) != (0, 0) else "train"
-
-
-def parse(record: Record) -> Record:
-    """The record with its line of JSON read: `text`, `key` and `set_name` filled in, or `bad`."""
-    if record.line is None or record.bad:
-        return record
-    try:
-        line = _decode_line(record.line)
-    except (ValueError, RecursionError) as error:
-        return record._replace(line=None, bad=_reason(error))
-    key = document_key(line.text)
-    return record._replace(line=None, text=line.text, key=key, set_name=pile_set_name(line.meta))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 ({error.reason})"
-    if isinstance(error, RecursionError):
-        return "JSON nested too deep"
-    if isinstance(error, msgspec.ValidationError):
-        return f"no text: {error}"
-    return f"not JSON: {error}"
+    chosen = int.from_bytes(document.key, "big") < val_fraction * 2.0**64
+    is_very_first = (source, document.document, document.part) == (0, 0, 0)
+    return "val" if chosen and not is_very_first else "train"
 
 
 class Encoder:
-    """Encodes batches with one tokenizer."""
+    """Encodes batches with one parser and one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, val_fraction: float) -> None:
+    def __init__(self, parser: Parser, tokenizer: Tokenizer, val_fraction: float) -> None:
+        self._parser = parser
         self._tokenizer = tokenizer
         self._val_fraction = val_fraction
         self._dtype = token_dtype(tokenizer.vocab_size)
@@ -98,8 +77,15 @@ class Encoder:
         arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         starts: dict[str, list[int]] = {split: [] for split in SPLITS}
         sizes: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        for source, unparsed in records:
-            record = parse(unparsed)
+        documents = (
+            (source, document)
+            for source, record in records
+            for document in self._parser.documents(record)
+        )
+        for source, record in documents:
+            if record.left_out:
+                encoded.left_out.append((source, record.where, record.left_out))
+                continue
             encoded.num_ended += record.last
             if record.bad:
                 encoded.bad.append((encoded.num_ended, source, record.where, record.bad))
@@ -107,7 +93,9 @@ class Encoder:
             if not record.text:
                 encoded.num_empty += 1
                 continue
-            split = split_of(source, record.document, record.key, self._val_fraction)
+            encoded.num_marked += END_OF_TEXT in record.text
+            encoded.num_boms += "\ufeff" in record.text
+            split = split_of(source, record, self._val_fraction)
             tokens = self._tokenizer.encode_array(record.text).astype(self._dtype)
             arrays[split] += [tokens, self._end] if record.last else [tokens]
             starts[split] += [sizes[split]] if record.first else []
@@ -134,11 +122,13 @@ def add_counts(total: dict[_Key, SplitCounts], key: _Key, split: str, counts: Co
 _encoder: Encoder
 
 
-def _start_worker(tokenizer_json: bytes, val_fraction: float) -> None:
+def _start_worker(
+    parser_arguments: tuple[str, str | None], tokenizer_json: bytes, val_fraction: float
+) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(from_json(tokenizer_json), val_fraction)
+    _encoder = Encoder(Parser(*parser_arguments), from_json(tokenizer_json), val_fraction)
 
 
 def _end_with_parent() -> None:
@@ -158,18 +148,20 @@ Submit = Callable[[Records], "Future[Encoded]"]
 
 
 @contextmanager
-def encoders(tokenizer: Tokenizer, val_fraction: float, workers: int) -> Iterator[Submit]:
+def encoders(
+    reading: Reading, tokenizer: Tokenizer, val_fraction: float, workers: int
+) -> Iterator[Submit]:
     """A function that has records encoded by one of `workers` processes; with one, by this
     process."""
     if workers == 1:
-        encoder = Encoder(tokenizer, val_fraction)
+        encoder = Encoder(Parser(reading.text_field, reading.split_on), tokenizer, val_fraction)
         yield lambda records: _done(encoder.encode(records))
         return
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer.to_json(), val_fraction),
+        initargs=((reading.text_field, reading.split_on), tokenizer.to_json(), val_fraction),
     )
     try:
         yield lambda records: pool.submit(_encode_in_worker, records)

@@ -20,6 +20,9 @@ import numpy as np
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, BusyError
 from meshlm.data.encode import Encoded, add_counts
+from meshlm.data.inputs import LeftOut
+from meshlm.data.kinds import named_compression, named_kind
+from meshlm.data.names import from_json_name
 from meshlm.data.readers import Prefix
 from meshlm.data.store import (
     DOCUMENT_DTYPE,
@@ -57,7 +60,8 @@ class Ended:
     sha256: str
     modified_ns: int
     truncated: bool
-    binary: bool
+    kind: str = ""
+    note: str = ""
 
 
 @dataclass(kw_only=True)
@@ -72,7 +76,10 @@ class Totals:
     """Documents, bad and empty ones included."""
     num_bad: int = 0
     num_empty: int = 0
+    num_marked: int = 0
+    num_boms: int = 0
     bad_examples: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def add(self, other: "Totals") -> None:
         """Adds what came after this."""
@@ -89,6 +96,9 @@ class Totals:
         self.num_seen += other.num_seen
         self.num_bad += other.num_bad
         self.num_empty += other.num_empty
+        self.num_marked += other.num_marked
+        self.num_boms += other.num_boms
+        self.left_out += other.left_out
         self.bad_examples = [*self.bad_examples, *other.bad_examples][:MAX_BAD_EXAMPLES]
 
     def bounded(self, sets: dict[str, SplitCounts]) -> dict[str, SplitCounts]:
@@ -117,27 +127,40 @@ class Plan:
     """What is being made from what: the same plan gives the same store.
 
     Attributes:
-        options: those that change the store.
-        inputs: path and size of each file.
+        options: those that change the store and are not the default.
+        inputs: path (see `names`) and size of each file.
+        rules: counts up when the same files come to be read otherwise.
     """
 
     options: dict[str, str | float]
     inputs: list[tuple[str, int]]
+    rules: int = 0
 
     def difference(self, other: "Plan") -> str | None:
         """The first thing in which `other`, the present plan, is not this one; None if there is
-        none."""
-        for name, value in self.options.items():
-            if other.options.get(name) != value:
-                return f"--{name.replace('_', '-')} was {value}, now {other.options.get(name)}"
+        none.
+
+        A path may be another spelling of the same file, so only what it says of the kind counts:
+        whether the content is the same is for the caller to see.
+        """
+        for name in dict.fromkeys([*self.options, *other.options]):
+            before, now = (plan.options.get(name, "not given") for plan in (self, other))
+            if before != now:
+                return f"--{name.replace('_', '-')} was {before}, now {now}"
         if len(self.inputs) != len(other.inputs):
             return f"there were {len(self.inputs)} input files, now {len(other.inputs)}"
         for (path, size), (new_path, new_size) in zip(self.inputs, other.inputs, strict=True):
-            if path != new_path:
+            if _kind_by_name(path) != _kind_by_name(new_path):
                 return f"input {path} is now {new_path}"
             if size != new_size:
-                return f"input {path} had {size} bytes, now {new_size}"
+                now = "" if path == new_path else f"{new_path}: "
+                return f"input {path} had {size} bytes, now {now}{new_size}"
         return None
+
+
+def _kind_by_name(path: str) -> tuple[str | None, str | None]:
+    name = from_json_name(path)
+    return named_kind(name), named_compression(name)
 
 
 class Workspace:

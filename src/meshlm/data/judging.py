@@ -1,12 +1,18 @@
 """Is what was found in the input fit for a token store? Too much that is bad ends the work."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from meshlm.core.errors import BadInputError
+from meshlm.data.inputs import InputFile, LeftOut
 from meshlm.data.journal import Totals, split_counts
+from meshlm.data.kinds import LABELS
+from meshlm.data.readers import END_OF_TEXT
 
 _JUDGED_FROM_DOCUMENTS = 1000
 _SHORT_TOKENS = 2049
+_SHOWN = 20
 
 
 class Judge:
@@ -15,12 +21,14 @@ class Judge:
     Args:
         max_bad_documents: the largest share of documents that may be bad.
         val_fraction: of the documents; 0 for none.
-        num_inputs: files, for the messages.
+        inputs: the files, for the messages.
     """
 
-    def __init__(self, max_bad_documents: float, val_fraction: float, num_inputs: int) -> None:
+    def __init__(
+        self, max_bad_documents: float, val_fraction: float, inputs: Sequence[InputFile]
+    ) -> None:
         self._max_bad, self._val_fraction = max_bad_documents, val_fraction
-        self._num_inputs = num_inputs
+        self._inputs = inputs
 
     def add(self, totals: Totals, added: Totals, bad_at: Sequence[int]) -> None:
         """Raises BadInputError once the share of bad documents is too high at any document from the
@@ -48,32 +56,40 @@ class Judge:
             f"{first}: mend the input, or allow more with --max-bad-documents"
         )
 
-    def check_result(self, totals: Totals) -> Iterator[str]:
+    def check_result(self, totals: Totals, left_out: Sequence[LeftOut]) -> Iterator[str]:
         """Yields notes on all that was found.
+
+        Args:
+            left_out: what was not read beside `totals.left_out`.
 
         Raises:
             BadInputError: too much is bad, or there is nothing to train on.
         """
         self._check_share(totals.num_bad, totals.num_seen, totals)
         counts = split_counts(totals.sources)
-        binary = sum(ended.binary for ended in totals.ended.values())
-        left_out = (
-            f"{totals.num_bad} bad and {totals.num_empty} empty documents, {binary} binary files"
+        left_out = [*left_out, *totals.left_out]
+        summary = (
+            f"{totals.num_bad} bad and {totals.num_empty} empty documents, "
+            f"{len(left_out)} files, members or folders"
         )
         if not any(c.num_tokens for c in counts.values()):
+            first = f", the first {left_out[0].path}: {left_out[0].reason}" if left_out else ""
             raise BadInputError(
-                f"no text in the {self._num_inputs} input files ({left_out}): "
-                "give files with text, or .jsonl with a field `text`"
+                f"no text in the {len(self._inputs)} input files ({summary} left out{first}): "
+                "give files with text, or JSON with a field `text` (or another --text-field)"
             )
         if not counts["train"].num_tokens:
             raise BadInputError(
                 f"all {counts['val'].num_documents} documents fell to validation: "
                 "give more documents or a lower --val-fraction, 0 for none"
             )
-        if totals.num_bad or totals.num_empty or binary:
-            yield f"left out: {left_out}"
+        yield from self._kinds(totals)
+        if totals.num_bad or totals.num_empty or left_out:
+            yield f"left out: {summary}"
+        yield from _first(f"left out: {one.path}: {one.reason}" for one in left_out)
         for example in totals.bad_examples:
             yield f"bad: {example}"
+        yield from _marks(totals)
         if self._val_fraction and not counts["val"].num_tokens:
             yield (
                 f"none of the {counts['train'].num_documents} documents fell to validation: "
@@ -84,3 +100,36 @@ class Judge:
                 f"only {counts['train'].num_tokens} tokens to train on: too few for a sequence "
                 "of 2048; give more text, or train with a smaller --seq-len"
             )
+
+    def _kinds(self, totals: Totals) -> Iterator[str]:
+        """What the files were read as, and where that is not what their names say."""
+        ended = [(self._inputs[i].path, one) for i, one in sorted(totals.ended.items())]
+        kinds = Counter(one.kind for _, one in ended if one.kind)
+        if kinds:
+            listed = ", ".join(f"{n} {LABELS.get(kind, kind)}" for kind, n in kinds.most_common())
+            yield f"files by kind: {listed}"
+        yield from _first(f"{path}: {one.note}" for path, one in ended if one.note)
+        yield from _first(
+            f"{path}: truncated; what is there was used" for path, one in ended if one.truncated
+        )
+
+
+def _first(lines: Iterable[str]) -> Iterator[str]:
+    """The first of the lines, and how many more there are."""
+    lines = iter(lines)
+    yield from itertools.islice(lines, _SHOWN)
+    if more := sum(1 for _ in lines):
+        yield f"and {more} more; the manifest has all of them"
+
+
+def _marks(totals: Totals) -> Iterator[str]:
+    if totals.num_marked:
+        yield (
+            f"{END_OF_TEXT} is written out in {totals.num_marked} documents, as part of their "
+            f"text: to end documents there, give --split-on '{END_OF_TEXT}'"
+        )
+    if totals.num_boms:
+        yield (
+            f"{totals.num_boms} documents hold a byte-order mark (U+FEFF) after their beginning, "
+            "as joined files do; it was kept as text"
+        )

@@ -11,6 +11,7 @@ Dim letters: B batch, T time.
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ class EvalBatch:
 def parse_mixture(arguments: Sequence[str]) -> list[tuple[Path, float]]:
     """Stores and their weights, which add up to 1, from `PATH=WEIGHT` or `PATH` (weight 1).
 
+    A path may hold `=`: an argument that is the path of something, while what stands before its
+    last `=` is none, has no weight.
+
     Raises: UsageError that quotes the argument.
     """
     if not arguments:
@@ -109,7 +113,7 @@ def parse_mixture(arguments: Sequence[str]) -> list[tuple[Path, float]]:
     weights: dict[Path, float] = {}
     for argument in arguments:
         path, equals, number = argument.rpartition("=")
-        if not equals:
+        if not equals or (os.path.lexists(argument) and not os.path.lexists(path)):
             path, number = argument, "1"
         if not path:
             raise UsageError(f"--data {argument}: the path is missing; write PATH=WEIGHT")

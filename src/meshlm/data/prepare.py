@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +25,14 @@ from meshlm.core.errors import MeshLMError, StoppedError, UsageError
 from meshlm.data.batches import Batch, check_ended, read_batches
 from meshlm.data.display import Display
 from meshlm.data.encode import Encoded, Submit, encoders
-from meshlm.data.inputs import InputFile, find_inputs
+from meshlm.data.inputs import Inputs, LeftOut, find_inputs
 from meshlm.data.journal import Appender, Plan, Position, Totals, Workspace, split_counts
 from meshlm.data.judging import Judge
-from meshlm.data.readers import Record
+from meshlm.data.kinds import Format
+from meshlm.data.names import printable, to_json_name
+from meshlm.data.parsing import Parser
+from meshlm.data.readers import RULES, Reading
+from meshlm.data.records import Record
 from meshlm.data.sample import train_on_sample
 from meshlm.data.store import (
     FORMAT,
@@ -60,11 +64,18 @@ class PrepareConfig:
     """Turn text into a token store, which `meshlm train` reads."""
 
     paths: Positional[tuple[str, ...]]
-    """Files, folders, patterns: text, .jsonl, .parquet, .tar, and these in .gz, .xz or .zst."""
+    """Files, folders, patterns: text, JSON lines or lists, parquet, Arrow, tar; also compressed."""
     out: str
     """Folder of the token store."""
     tokenizer: str = "gpt2"
     """gpt2, a tokenizer.json or its folder, or train:VOCAB_SIZE to learn one from the input."""
+    text_field: str = "text"
+    """Field of JSON, or column of a table, that holds the text; a dot goes one level down."""
+    split_on: str | None = None
+    """Separator between documents in a text or field; by default files of text are split at
+    <|endoftext|>; '' splits nothing."""
+    format: Format = "auto"
+    """What files hold that are no tables and no archives: text, json, or what they look like."""
     val_fraction: float = 0.01
     """Share of the documents held out for validation, chosen by a hash of their text."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -76,7 +87,22 @@ class PrepareConfig:
     force: bool = False
     """Replace the store, or the unfinished work, that is at `out`."""
 
+    @property
+    def reading(self) -> Reading:
+        """How the input files are read."""
+        return Reading(
+            text_field=self.text_field,
+            split_on=self.split_on,
+            format=self.format,
+            allow_truncated=self.allow_truncated,
+        )
+
     def __post_init__(self) -> None:
+        for name, value in (("text-field", self.text_field), ("split-on", self.split_on)):
+            if value is not None and not value.isprintable() and _is_not_utf8(value):
+                raise UsageError(f"--{name} {value!r} is not UTF-8")
+        if not self.text_field:
+            raise UsageError("--text-field is empty: name a field, for example content")
         if not 0 <= self.val_fraction < 1:
             raise UsageError(
                 f"--val-fraction {self.val_fraction} is not in 0 .. 1 (without 1): 0.01 is usual"
@@ -87,6 +113,29 @@ class PrepareConfig:
             )
         if not 1 <= self.workers <= 1024:
             raise UsageError(f"--workers {self.workers} is not in 1 .. 1024")
+
+
+def _is_not_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _options(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, str | float]:
+    """The options that change the store; those on reading only where they are not the default."""
+    chosen = {
+        "text_field": config.text_field,
+        "split_on": config.split_on,
+        "format": config.format,
+    }
+    defaults = {"text_field": "text", "split_on": None, "format": "auto"}
+    return {
+        "tokenizer": tokenizer.fingerprint if tokenizer else config.tokenizer,
+        "val_fraction": config.val_fraction,
+        **{name: v for name, v in chosen.items() if v is not None and v != defaults[name]},
+    }
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
@@ -108,11 +157,9 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
     size = _vocab_size_to_learn(config)
     given = load_tokenizer(config.tokenizer) if size is None else None
     plan = Plan(
-        options={
-            "tokenizer": given.fingerprint if given else config.tokenizer,
-            "val_fraction": config.val_fraction,
-        },
-        inputs=[(file.path, file.size_bytes) for file in inputs],
+        options=_options(config, given),
+        inputs=[(to_json_name(file.path), file.size_bytes) for file in inputs.files],
+        rules=RULES,
     )
     _check_folder(out)
     try:
@@ -126,7 +173,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
 
 def _make(
     config: PrepareConfig,
-    inputs: Sequence[InputFile],
+    inputs: Inputs,
     plan: Plan,
     given: Tokenizer | None,
     vocab_size: int | None,
@@ -134,7 +181,7 @@ def _make(
     console: Console,
 ) -> Manifest:
     with Workspace(out) as workspace, _stopped_by_signals():
-        finished = None if config.force else _finished(plan, out)
+        finished = None if config.force else _finished(plan, inputs, out)
         if finished:
             workspace.remove()
             console.print(f"{out}: already done with these inputs and options", soft_wrap=True)
@@ -167,17 +214,19 @@ def _check_folder(out: Path) -> None:
         raise UsageError(f"{out}: holds {strange[0]}; --out wants a folder of its own")
 
 
-def _finished(plan: Plan, out: Path) -> Manifest | None:
+def _finished(plan: Plan, inputs: Inputs, out: Path) -> Manifest | None:
     """The manifest of the store at `out` if it is of `plan`, None if there is no store."""
     path = out / MANIFEST
     if not path.exists():
         return None
     manifest = parse_manifest(path.read_bytes(), path)
-    inputs = [(source.path, source.num_bytes) for source in manifest.sources]
-    difference = Plan(options=manifest.options, inputs=inputs).difference(plan)
-    for source in manifest.sources if difference is None else ():
-        if hash_file(source.path).sha256 != source.sha256:
-            difference = f"the content of {source.path} changed"
+    before = [(source.path, source.num_bytes) for source in manifest.sources]
+    difference = Plan(options=manifest.options, inputs=before).difference(plan)
+    if difference is None:
+        for file, source in zip(inputs.files, manifest.sources, strict=True):
+            if hash_file(file.path).sha256 != source.sha256:
+                difference = f"the content of {file.path} changed"
+                break
     if difference:
         raise UsageError(
             f"{out}: another token store is there ({difference}): "
@@ -189,6 +238,8 @@ def _finished(plan: Plan, out: Path) -> Manifest | None:
 def _begin_or_go_on(config: PrepareConfig, plan: Plan, workspace: Workspace) -> None:
     found = workspace.read_plan()
     difference = found.difference(plan) if found else None
+    if found and not difference and found.rules != plan.rules:
+        difference = "it was begun by another version of meshlm"
     if difference and not config.force:
         raise UsageError(
             f"{workspace.path.parent}: unfinished work of another kind is there ({difference}): "
@@ -239,14 +290,14 @@ class _Preparation:
     def __init__(
         self,
         config: PrepareConfig,
-        inputs: Sequence[InputFile],
+        inputs: Inputs,
         workspace: Workspace,
         console: Console,
     ) -> None:
-        self._config, self._inputs = config, inputs
+        self._config, self._inputs, self._left_out = config, inputs.files, inputs.left_out
         self._folder, self._workspace, self._console = workspace.path, workspace, console
-        self._input_bytes = sum(file.size_bytes for file in inputs)
-        self._judge = Judge(config.max_bad_documents, config.val_fraction, len(inputs))
+        self._input_bytes = sum(file.size_bytes for file in inputs.files)
+        self._judge = Judge(config.max_bad_documents, config.val_fraction, self._inputs)
 
     def run(self, plan: Plan, given: Tokenizer | None, vocab_size: int | None) -> Manifest:
         """The manifest of the files in the workspace, which are whole then."""
@@ -256,45 +307,47 @@ class _Preparation:
         else:
             tokenizer = given or self._learn(vocab_size or 0)
             files.replace(path, tokenizer.to_json())
-        totals = self._encode(tokenizer)
-        for note in self._judge.check_result(totals):
+        totals = self._encode(plan, tokenizer)
+        for note in self._judge.check_result(totals, self._left_out):
             self._note(note)
         return self._manifest(plan, totals, tokenizer)
 
     def _note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def _learn(self, vocab_size: int) -> Tokenizer:
         with Display(self._console, "reading for the tokenizer", self._input_bytes) as display:
+            reading = self._config.reading
             tokenizer = train_on_sample(
-                self._all_records(display), vocab_size, self._config.val_fraction
+                self._all_records(display),
+                Parser(reading.text_field, reading.split_on),
+                vocab_size,
+                self._config.val_fraction,
             )
         self._note(f"learned a tokenizer of {tokenizer.vocab_size} tokens")
         return tokenizer
 
     def _all_records(self, display: Display) -> Iterator[tuple[int, Record]]:
-        batches = read_batches(
-            self._inputs, Position(), allow_truncated=self._config.allow_truncated
-        )
-        for batch in batches:
+        for batch in read_batches(self._inputs, Position(), self._config.reading):
             yield from batch.records
             display.update(batch.done_bytes, batch.num_bytes)
 
-    def _encode(self, tokenizer: Tokenizer) -> Totals:
-        allow_truncated = self._config.allow_truncated
+    def _encode(self, plan: Plan, tokenizer: Tokenizer) -> Totals:
+        reading = self._config.reading
         totals = self._workspace.read_totals()
-        check_ended(self._inputs, totals, allow_truncated=allow_truncated)
+        began_with = self._workspace.read_plan() or plan
+        check_ended(self._inputs, began_with, totals, allow_truncated=reading.allow_truncated)
         position = totals.position
         done_bytes = sum(file.size_bytes for file in self._inputs[: position.source])
         if position != Position():
             self._note(f"going on at input file {position.source + 1} of {len(self._inputs)}")
         appender = Appender(self._folder, totals, token_dtype(tokenizer.vocab_size))
-        batches = read_batches(self._inputs, position, allow_truncated=allow_truncated)
+        batches = read_batches(self._inputs, position, reading)
         title = f"encoding with {tokenizer.name}"
         workers = min(self._config.workers, 1 + self._input_bytes // _BYTES_PER_WORKER)
         try:
             with (
-                encoders(tokenizer, self._config.val_fraction, workers) as submit,
+                encoders(reading, tokenizer, self._config.val_fraction, workers) as submit,
                 Display(self._console, title, self._input_bytes, done_bytes) as display,
             ):
                 self._append(self._in_order(batches, submit), appender, display)
@@ -338,7 +391,15 @@ class _Preparation:
                 num_seen=encoded.num_ended,
                 num_bad=len(encoded.bad),
                 num_empty=encoded.num_empty,
-                bad_examples=[self._describe(*bad) for bad in encoded.bad],
+                num_marked=encoded.num_marked,
+                num_boms=encoded.num_boms,
+                bad_examples=[
+                    f"{self._name(source, where)}: {why}" for _, source, where, why in encoded.bad
+                ],
+                left_out=[
+                    LeftOut(path=self._name(source, where), reason=to_json_name(why))
+                    for source, where, why in encoded.left_out
+                ],
             )
             self._judge.add(totals, added, [bad[0] for bad in encoded.bad])
             appender.append(encoded, added)
@@ -349,18 +410,19 @@ class _Preparation:
                 flushed_s = time.monotonic()
         appender.flush()
 
-    def _describe(self, _: int, source: int, where: str, reason: str) -> str:
-        return f"{self._inputs[source].path}{where}: {reason}"
+    def _name(self, source: int, where: str) -> str:
+        return to_json_name(f"{self._inputs[source].path}{where}")
 
     def _manifest(self, plan: Plan, totals: Totals, tokenizer: Tokenizer) -> Manifest:
         sources = [
             Source(
-                path=file.path,
+                path=to_json_name(file.path),
                 num_bytes=totals.ended[i].num_bytes,
                 sha256=totals.ended[i].sha256,
                 truncated=totals.ended[i].truncated,
-                binary=totals.ended[i].binary,
                 counts=totals.sources.get(i, {}),
+                kind=totals.ended[i].kind,
+                note=totals.ended[i].note,
             )
             for i, file in enumerate(self._inputs)
         ]
@@ -382,4 +444,8 @@ class _Preparation:
             bad_documents=totals.bad_examples,
             num_empty_documents=totals.num_empty,
             sources=sources,
+            left_out=[
+                *(LeftOut(path=to_json_name(l.path), reason=l.reason) for l in self._left_out),
+                *totals.left_out,
+            ],
         )

@@ -1,63 +1,53 @@
 """Readers: input files become records, in order, without ever holding a whole file.
 
-A record is a document (a line of JSON, a row, a text) or a part of a long text. What cannot be read
-as a document is a record too, with the reason; what stops a file from being read at all is an
-error.
+What stops a file from being read at all is an error; what cannot be read as a document is a record
+with the reason.
 """
 
 import codecs
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.data.bpe import MAX_UNBROKEN_CHARACTERS, cut_point
-from meshlm.data.inputs import InputFile, compression_of, format_of, is_hidden
+from meshlm.data import kinds
+from meshlm.data.columns import table_records
+from meshlm.data.compression import HEAD_BYTES, NAMES, compression_of, decompress
+from meshlm.data.inputs import InputFile, is_hidden
+from meshlm.data.kinds import LABELS, Found, named_compression, named_kind
+from meshlm.data.records import Record, json_lines, json_records, text_records
 from meshlm.data.streams import (
     CHUNK_BYTES,
     ByteSource,
     Chunks,
     DamagedStreamError,
-    decompress,
-    lines,
-    tar_members,
+    Peeked,
+    RefusedStreamError,
 )
+from meshlm.data.tar import tar_members
 
-MAX_DOCUMENT_BYTES = 32 << 20
-"""A longer line, row or archive member is a bad document. A text file may be of any length."""
-
-PIECE_CHARACTERS = 1 << 20
-KEY_BYTES = 64 << 10
-_BOM = codecs.BOM_UTF8
-_BINARY_LOOK_BYTES = 8 << 10
+END_OF_TEXT = "<|endoftext|>"
+RULES = 1
+"""Counts up when the same files and options come to give other records."""
 
 
-class Record(NamedTuple):
-    """A document, a part of one, or what should have been one.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How input files are read.
 
     Attributes:
-        where: what to add to the file's name to find it: ":12" (line), "!name" (archive member),
-        ":row 3". document: its number among the documents of its file, from 0.
-        line: a line of JSON that is not parsed yet, or None.
-        text: text, where `line` is None.
-        key: 8 bytes that choose by hash; of the first part, for all parts.
-        set_name: the Pile's `meta.pile_set_name`, where the reader knows it.
-        first: begins its document.
-        last: ends its document.
-        bad: the reason why it is none, or None.
+        text_field: field or column that holds the text; a dot goes one level down.
+        split_on: separator between the documents in a text or a field, "" for none; None splits
+            files of text, not fields, at END_OF_TEXT.
+        format: what a file is that is no table and no archive.
+        allow_truncated: use what is there of a file that stops too early.
     """
 
-    where: str
-    document: int
-    line: bytes | None = None
-    text: str = ""
-    key: bytes = b""
-    set_name: str | None = None
-    first: bool = True
-    last: bool = True
-    bad: str | None = None
+    text_field: str = "text"
+    split_on: str | None = None
+    format: kinds.Format = "auto"
+    allow_truncated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,30 +58,60 @@ class Prefix:
     sha256: str
 
 
-def document_key(text: str) -> bytes:
-    """8 bytes that depend on the beginning of a document alone (64 KiB): they choose its split."""
-    return hashlib.blake2b(text[:KEY_BYTES].encode()[:KEY_BYTES], digest_size=8).digest()
+@dataclass
+class _Cut:
+    """Whether a stream stopped too early, which was allowed."""
+
+    is_cut: bool = False
+
+
+@dataclass
+class _Content:
+    """A file, or a member of an archive, on its way to records.
+
+    Attributes:
+        name: of the file, or of the member.
+        where: "" for a file, "!name" for a member.
+        named: given by name, not found in a folder or an archive.
+        compression: a suffix of NAMES, or None.
+        encoding: what a byte-order mark says, or None for UTF-8.
+    """
+
+    name: str
+    where: str
+    named: bool
+    cut: _Cut
+    compression: str | None = None
+    encoding: str | None = None
 
 
 class FileReader:
     """Reads one input file.
 
     Attributes:
+        kind: what the file holds, a key of kinds.LABELS; known once the records have ended.
+        note: in what it was read otherwise than its name says, or "".
         truncated: the file stopped too early, which was allowed.
-        binary: the file was passed over as binary.
     """
 
     def __init__(
-        self, file: InputFile, *, allow_truncated: bool = False, expected: Prefix | None = None
+        self, file: InputFile, reading: Reading | None = None, *, expected: Prefix | None = None
     ) -> None:
         """Args: expected: what the file has to begin with, from an earlier reading."""
-        self.truncated = False
-        self.binary = False
+        self.kind = ""
+        self.note = ""
+        self._cut = _Cut()
         self._file = file
-        self._allow_truncated = allow_truncated
+        self._reading = reading or Reading()
         self._expected = expected
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
+        self._numbers = itertools.count()
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the file stopped too early, which was allowed."""
+        return self._cut.is_cut
 
     @property
     def prefix(self) -> Prefix:
@@ -102,7 +122,7 @@ class FileReader:
         """The file's records, in order.
 
         Raises:
-            BadInputError: damaged, truncated, or other than `expected`.
+            BadInputError: damaged, truncated, of a wrong kind, or other than `expected`.
             UsageError: unreadable, or a format whose library is not installed.
         """
         path = self._file.path
@@ -111,56 +131,129 @@ class FileReader:
             for _ in self._raw():  # what follows an archive's end counts in the hash
                 pass
         except EOFError:
+            what = (
+                "the file is empty: get it again"
+                if not self._file.size_bytes
+                else "the file stops too early, it is truncated: get it again"
+            )
             raise BadInputError(
-                f"{path}: the file stops too early, it is truncated: get it again, "
-                "or use what is there with --allow-truncated"
+                f"{path}: {what}, or use what is there with --allow-truncated"
             ) from None
         except DamagedStreamError as error:
             raise BadInputError(f"{path}: the file is damaged ({error}): get it again") from None
+        except RefusedStreamError as error:
+            raise BadInputError(f"{path}: {error}") from None
         except OSError as error:
             raise UsageError(f"{path}: cannot read it ({error.strerror})") from None
         if self._expected and self._num_bytes < self._expected.num_bytes:
             raise self._changed()
 
     def _records(self) -> Iterator[Record]:
-        kind = format_of(self._file.path)
-        if kind == "parquet":
-            for _ in self._raw():
-                pass
-            yield from parquet_records(self._file.path)
-            return
-        chunks = self._tolerant(self._open(self._raw()))
-        head = b""
-        while len(head) < _BINARY_LOOK_BYTES and (chunk := next(chunks, None)) is not None:
-            head += chunk
-        chunks = itertools.chain([head], chunks)
-        if kind == "tar" or head[257:262] == b"ustar":
-            yield from self._tar_records(chunks)
-        elif kind == "jsonl":
-            yield from json_records(chunks, is_cut=lambda: self.truncated)
-        elif not self._file.named and b"\0" in head[:_BINARY_LOOK_BYTES]:
-            self.binary = True
+        content = _Content(self._file.path, "", self._file.named, self._cut)
+        peeked, found = self._opened(Peeked(self._raw()), content)
+        self.kind, self.note = found.kind, self._note(content, found)
+        if found.kind in ("parquet", "arrow"):
+            yield from self._table(peeked, content, found.kind)
+        elif found.kind == "tar":
+            yield from self._tar(peeked)
+        else:
+            again = self._again(content)
+            records = self._content_records(peeked, content, found, again)
+            yield from self._noting_splits(records) if found.kind == "text" else records
+
+    def _opened(self, raw: Peeked, content: _Content) -> tuple[Peeked, Found]:
+        """The content without compression and in UTF-8, and what it is."""
+        named = named_compression(content.name)
+        head = raw.head(HEAD_BYTES)
+        content.compression = compression_of(head, named)
+        if named and not head:
+            content.compression = named  # nothing is no compressed file: EOFError
+        peeked = Peeked(self._decompressed(raw.chunks(), content))
+        head = peeked.head(kinds.LOOK_BYTES)
+        content.encoding = kinds.encoding_of(head)
+        if content.encoding:
+            peeked = Peeked(_to_utf8(peeked.chunks(), content.encoding, content.cut))
+        found = kinds.find_kind(
+            peeked,
+            content.name,
+            named=content.named,
+            text_field=self._reading.text_field,
+            format=self._reading.format,
+        )
+        if named and not content.compression and not _begins_as_text(head):
+            found = Found(
+                kind="left out",
+                reason=f"it is named {NAMES[named]} but is not compressed, nor text: get it again",
+                is_fatal=True,
+            )
+        if found.is_fatal and not content.where:
+            raise RefusedStreamError(found.reason)
+        return peeked, found
+
+    def _content_records(
+        self,
+        peeked: Peeked,
+        content: _Content,
+        found: Found,
+        again: Callable[[], Chunks] | None = None,
+    ) -> Iterator[Record]:
+        where, numbers, chunks = content.where, self._numbers, peeked.chunks()
+
+        def is_cut() -> bool:
+            return content.cut.is_cut
+
+        if found.kind == "jsonl":
+            yield from json_lines(chunks, where, numbers, is_cut=is_cut)
+        elif found.kind == "json":
+            yield from json_records(chunks, where, numbers, is_cut=is_cut)
+        elif found.kind == "text":
+            split_on = self._reading.split_on
+            separator = (END_OF_TEXT if split_on is None else split_on).encode() or None
+            yield from text_records(
+                chunks, where, numbers, separator=separator, again=again, is_cut=is_cut
+            )
+        else:
             for _ in chunks:
                 pass
-        else:
-            yield from text_records(chunks, "", 0, again=self._again, is_cut=lambda: self.truncated)
+            yield Record(where, 0, last=False, left_out=found.reason)
 
-    def _tar_records(self, chunks: Chunks) -> Iterator[Record]:
-        number = 0
+    def _table(self, peeked: Peeked, content: _Content, kind: str) -> Iterator[Record]:
+        if content.compression:
+            name = NAMES[content.compression]
+            raise RefusedStreamError(f"{LABELS[kind]} compressed with {name}: decompress it first")
+        for _ in peeked.chunks():
+            pass
+        allow_cut = self._reading.allow_truncated
         try:
-            for name, size, content in tar_members(ByteSource(chunks)):
-                if is_hidden(name):
-                    continue
-                where = f"!{name}"
-                if size > MAX_DOCUMENT_BYTES:
-                    yield Record(where, number, bad=_too_long())
-                else:
-                    yield from text_records(iter([b"".join(content)]), where, number)
-                number += 1
+            yield from table_records(
+                self._file.path, kind, self._reading.text_field, allow_cut=allow_cut
+            )
         except EOFError:
-            if not self._allow_truncated:
+            if not allow_cut:
                 raise
-            self.truncated = True
+            self._cut.is_cut = True
+
+    def _tar(self, peeked: Peeked) -> Iterator[Record]:
+        try:
+            for name, _, chunks in tar_members(ByteSource(peeked.chunks())):
+                if not is_hidden(name):
+                    yield from self._member(name, chunks)
+        except EOFError:
+            if not self._reading.allow_truncated:
+                raise
+            self._cut.is_cut = True
+
+    def _member(self, name: str, chunks: Chunks) -> Iterator[Record]:
+        content = _Content(name, f"!{name}", False, _Cut())
+        try:
+            peeked, found = self._opened(Peeked(self._tolerant(chunks, content.cut)), content)
+            if found.kind in ("parquet", "arrow", "tar"):
+                reason = f"{LABELS[found.kind]} inside an archive: unpack the archive"
+                found = Found(kind="left out", reason=reason)
+            yield from self._content_records(peeked, content, found)
+        except (DamagedStreamError, RefusedStreamError) as error:
+            raise type(error)(f"member {name}: {error}") from None
+        self._cut.is_cut = self._cut.is_cut or content.cut.is_cut
 
     def _raw(self) -> Chunks:
         """The rest of the file's bytes, hashed and compared with what is expected as they pass."""
@@ -179,25 +272,54 @@ class FileReader:
                 self._num_bytes += len(chunk)
                 yield chunk
 
-    def _open(self, raw: Chunks) -> Chunks:
-        compression = compression_of(self._file.path)
-        return decompress(raw, compression) if compression else raw
+    def _decompressed(self, raw: Chunks, content: _Content) -> Chunks:
+        if content.compression is None:
+            return raw
+        return self._tolerant(decompress(raw, content.compression), content.cut)
 
-    def _again(self) -> Chunks:
+    def _again(self, content: _Content) -> Callable[[], Chunks]:
         def raw() -> Chunks:
             with open(self._file.path, "rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk
 
-        return self._tolerant(self._open(raw()))
+        def again() -> Chunks:
+            chunks = self._decompressed(raw(), content)
+            return _to_utf8(chunks, content.encoding, content.cut) if content.encoding else chunks
 
-    def _tolerant(self, chunks: Chunks) -> Chunks:
+        return again
+
+    def _tolerant(self, chunks: Chunks, cut: _Cut) -> Chunks:
         try:
             yield from chunks
         except EOFError:
-            if not self._allow_truncated:
+            if not self._reading.allow_truncated:
                 raise
-            self.truncated = True
+            cut.is_cut = True
+
+    def _note(self, content: _Content, found: Found) -> str:
+        """In what the file is read otherwise than its name says, or ""."""
+        named, expected = named_compression(content.name), named_kind(content.name) or "text"
+        parts = []
+        if found.kind not in (expected, "left out"):
+            parts.append(f"read as {LABELS[found.kind]}")
+        if content.encoding and found.kind != "left out":
+            parts.append(f"converted from {content.encoding}")
+        if content.compression != named:
+            suffix = content.compression
+            parts.append(f"compressed with {NAMES[suffix]}" if suffix else "not compressed")
+        if found.hint:
+            parts.append(f"one text: {found.hint}")
+        return ", ".join(parts)
+
+    def _noting_splits(self, records: Iterator[Record]) -> Iterator[Record]:
+        """The records of a text; notes that it is split, where nobody asked for that."""
+        is_noted = self._reading.split_on is not None
+        for record in records:
+            if record.document and not is_noted:
+                split = f"split at each {END_OF_TEXT} (--split-on '' keeps it one text)"
+                self.note, is_noted = f"{self.note}, {split}".removeprefix(", "), True
+            yield record
 
     def _changed(self) -> BadInputError:
         return BadInputError(
@@ -206,178 +328,20 @@ class FileReader:
         )
 
 
-def json_records(chunks: Iterable[bytes], *, is_cut: Callable[[], bool]) -> Iterator[Record]:
-    """A record for each line that is not blank. The last one is left out if the stream `is_cut`."""
-    number = 0
-    pending: Record | None = None
-    for count, line in enumerate(lines(_without_bom(chunks), MAX_DOCUMENT_BYTES), start=1):
-        if pending:
-            yield pending
-        pending = None
-        if line is None:
-            pending = Record(f":{count}", number, bad=_too_long())
-        elif line and not line.isspace():
-            pending = Record(f":{count}", number, line)
-        number += pending is not None
-    if pending and not is_cut():
-        yield pending
-
-
-def text_records(
-    chunks: Chunks,
-    where: str,
-    number: int,
-    *,
-    again: Callable[[], Chunks] | None = None,
-    is_cut: Callable[[], bool] = lambda: False,
-) -> Iterator[Record]:
-    """The records of one text: as many as it has pieces, once all of it is known to be UTF-8; one
-    if it is not.
-
-    Args:
-        again: gives the same chunks from the start, for a text too long to be held.
-    """
-    held = []
-    size = 0
-    while size <= MAX_DOCUMENT_BYTES and (chunk := next(chunks, None)) is not None:
-        held.append(chunk)
-        size += len(chunk)
-    is_long = size > MAX_DOCUMENT_BYTES
-    reason = _not_text(again() if is_long and again else held, is_cut)
-    if reason:
-        line, why = reason
-        for _ in chunks:
-            pass
-        yield Record(f"{where}:{line}", number, bad=why)
-        return
-    key = b""
-    pieces = _pieces(_decoded(itertools.chain(_drain(held), chunks), is_cut))
-    following = next(pieces, "")
-    first = True
-    while following or first:
-        piece, following = following, next(pieces, "")
-        key = key or document_key(piece)
-        yield Record(where, number, text=piece, key=key, first=first, last=not following)
-        first = False
-
-
-def parquet_records(path: str) -> Iterator[Record]:
-    """A record for each row: `text`, and `meta.pile_set_name` where there is one.
-
-    Raises:
-        UsageError: pyarrow is not installed.
-        BadInputError: no parquet file, or one without a column of strings named `text`.
-    """
+def _begins_as_text(head: bytes) -> bool:
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(
-            f"{path}: reading parquet needs pyarrow: install meshlm[parquet]"
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
-            schema = table.schema_arrow
-            columns = [name for name in ("text", "meta") if name in schema.names]
-            kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string)
-            if "text" not in columns or not any(kind(schema.field("text").type) for kind in kinds):
-                names = ", ".join(schema.names)
-                raise BadInputError(f"{path}: no column `text` of strings among {names}")
-            batches = table.iter_batches(batch_size=256, columns=columns, use_threads=False)
-            rows = (row for batch in batches for row in _rows(batch))
-            for number, (text, meta) in enumerate(rows):
-                yield _row_record(number, text, meta)
-    except pyarrow.ArrowException as error:
-        raise DamagedStreamError(str(error).splitlines()[0]) from error
-
-
-def _rows(batch: Any) -> Iterator[tuple[bytes | None, object]]:
-    import pyarrow
-
-    binary = pyarrow.large_binary()
-    texts = batch.column(batch.schema.get_field_index("text")).cast(pyarrow.large_string())
-    index = batch.schema.get_field_index("meta")
-    metas = batch.column(index).to_pylist() if index >= 0 else [None] * len(texts)
-    return zip(texts.cast(binary).to_pylist(), metas, strict=True)
-
-
-def _row_record(number: int, text: bytes | None, meta: object) -> Record:
-    where = f":row {number}"
-    if text is None:
-        return Record(where, number, bad="`text` is null")
-    if len(text) > MAX_DOCUMENT_BYTES:
-        return Record(where, number, bad=_too_long())
-    try:
-        decoded = text.decode()
+        codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
-        return Record(where, number, bad="not UTF-8")
-    key = document_key(decoded)
-    return Record(where, number, text=decoded, key=key, set_name=pile_set_name(meta))
+        return kinds.encoding_of(head) is not None
+    return b"\0" not in head
 
 
-def pile_set_name(meta: object) -> str | None:
-    """`pile_set_name` in a document's `meta`, or None."""
-    name = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _too_long() -> str:
-    return f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
-
-
-def _without_bom(chunks: Iterable[bytes]) -> Chunks:
-    chunks = iter(chunks)
-    head = b""
-    while len(head) < len(_BOM) and (chunk := next(chunks, None)) is not None:
-        head += chunk
-    yield head.removeprefix(_BOM)
-    yield from chunks
-
-
-def _drain(held: list[bytes]) -> Chunks:
-    """The chunks, each let go as it is used."""
-    held.reverse()
-    while held:
-        yield held.pop()
-
-
-def _decoded(chunks: Iterable[bytes], is_cut: Callable[[], bool]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for chunk in _without_bom(chunks):
-        yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=not is_cut())
-
-
-def _not_text(chunks: Iterable[bytes], is_cut: Callable[[], bool]) -> tuple[int, str] | None:
-    """The line, from 1, of the first byte that is not UTF-8, and the reason; None if all is
-    text."""
-    line = 1
-    texts = _decoded(chunks, is_cut)
-    while True:
-        try:
-            text = next(texts, None)
-        except UnicodeDecodeError as error:
-            return line + error.object[: error.start].count(b"\n"), f"not UTF-8 ({error.reason})"
-        if text is None:
-            return None
-        line += text.count("\n")
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The text in parts of about PIECE_CHARACTERS, cut where it changes no token."""
-    held, size = [], 0
-    for text in texts:
-        held.append(text)
-        size += len(text)
-        if size < PIECE_CHARACTERS + CHUNK_BYTES:
-            continue
-        whole = "".join(held)
-        cut = cut_point(whole, PIECE_CHARACTERS, len(whole) - 1)
-        if cut is None and size > PIECE_CHARACTERS + MAX_UNBROKEN_CHARACTERS:
-            cut = len(whole)
-        if cut is not None:
-            yield whole[:cut]
-            whole = whole[cut:]
-        held, size = [whole], len(whole)
-    if rest := "".join(held):
-        yield rest
+def _to_utf8(chunks: Chunks, encoding: str, cut: _Cut) -> Chunks:
+    """Text in `encoding`, which its byte-order mark tells, as UTF-8."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for chunk in chunks:
+            yield decoder.decode(chunk).encode()
+        yield decoder.decode(b"", final=not cut.is_cut).encode()
+    except UnicodeError as error:
+        raise DamagedStreamError(f"not {encoding}: {error}") from None

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data.inputs import LeftOut
 from meshlm.data.number_file import NumberFile
 from meshlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -78,14 +79,21 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An input file, with the sha256 of its bytes as they were read."""
+    """An input file, with the sha256 of its bytes as they were read.
+
+    Attributes:
+        path: as it was given; `names.from_json_name` makes a name for the file system of it.
+        kind: what it was read as, a key of kinds.LABELS.
+        note: in what it was read otherwise than its name says, or "".
+    """
 
     path: str
     num_bytes: int
     sha256: str
     truncated: bool
-    binary: bool
     counts: SplitCounts
+    kind: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +124,8 @@ class Manifest:
     """The first of them, as file, line and reason."""
     num_empty_documents: int
     sources: list[Source]
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Files, folders and archive members that were not read."""
 
 
 class TokenStore:

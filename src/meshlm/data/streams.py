@@ -1,27 +1,22 @@
-"""Byte streams: compressed files as bounded chunks, and the members of a tar archive.
+"""Byte streams as bounded chunks: taking exact counts, looking ahead, cutting into lines.
 
-Nothing here holds more than a chunk, whatever a file claims: each step of a decoder gives at most
-CHUNK_BYTES, and zstd's and xz's windows are capped. A stream that stops early raises EOFError, one
-that is damaged raises DamagedStreamError.
+A stream that stops early raises EOFError. One that breaks the rules of its format raises
+DamagedStreamError; one that is sound but cannot be read here raises RefusedStreamError.
 """
 
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-
-import zstandard
+from collections.abc import Iterable, Iterator
 
 CHUNK_BYTES = 256 << 10
-MAX_WINDOW_BYTES = 128 << 20  # what `zstd -22 --ultra` and `zstd --long` need
-_XZ_MEMORY_BYTES = 192 << 20  # `xz -9` needs 65 MiB
-_MAX_TAR_HEADER_BYTES = 1 << 20
-_TAR_BLOCK = 512
 
 Chunks = Iterator[bytes]
 
 
 class DamagedStreamError(Exception):
-    """The bytes break their format's rules."""
+    """The bytes break the rules of their format. The message says which."""
+
+
+class RefusedStreamError(Exception):
+    """The bytes cannot be used as they are. The message says why and what to do."""
 
 
 class ByteSource:
@@ -55,169 +50,57 @@ class ByteSource:
         """The next `count` bytes. Raises EOFError if there are fewer."""
         return b"".join(self.parts(count))
 
-
-def decompress(chunks: Chunks, suffix: str) -> Chunks:
-    """The content of a .gz, .xz or .zst file, of any number of members, in bounded chunks.
-
-    Raises:
-        EOFError: the file stops in the middle of a member, or is empty.
-        DamagedStreamError: it is not of that format, fails its checksum, or asks for too large a
-        window.
-    """
-    try:
-        yield from _DECODERS[suffix](chunks)
-    except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise DamagedStreamError(str(error)) from error
+    def skip_zeros(self) -> int:
+        """Skips bytes that are zero; returns how many."""
+        count = 0
+        while not self.at_end():
+            rest = self._buffer[self._position :].lstrip(b"\0")
+            skipped = len(self._buffer) - self._position - len(rest)
+            self._position += skipped
+            count += skipped
+            if rest:
+                break
+        return count
 
 
-def _gunzip(chunks: Chunks) -> Chunks:
-    decoder, started = None, False
-    for data in chunks:
-        while data:
-            if decoder is None:
-                data = data.lstrip(b"\0") if started else data  # padding after a member is legal
-                decoder, started = zlib.decompressobj(wbits=31), True
-                continue
-            yield decoder.decompress(data, CHUNK_BYTES)
-            data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
-            decoder = None if decoder.eof else decoder
-    while decoder is not None and not decoder.eof:
-        rest = decoder.decompress(b"", CHUNK_BYTES)
-        if not rest and not decoder.eof:
-            raise EOFError
-        yield rest
-    if not started:
-        raise EOFError
+class Peeked:
+    """Chunks whose beginning can be looked at before they are used."""
 
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self._held: list[bytes] = []
+        self._size = 0
 
-def _unxz(chunks: Chunks) -> Chunks:
-    decoder, started = None, False
-    for data in chunks:
-        while data:
-            if decoder is None:
-                data = data.lstrip(b"\0") if started else data
-                decoder, started = lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES), True
-                continue
-            yield decoder.decompress(data, CHUNK_BYTES)
-            while not (decoder.needs_input or decoder.eof):
-                yield decoder.decompress(b"", CHUNK_BYTES)
-            data = decoder.unused_data if decoder.eof else b""
-            decoder = None if decoder.eof else decoder
-    if decoder is not None or not started:
-        raise EOFError
+    def head(self, count: int) -> bytes:
+        """The first `count` bytes, fewer only if there are no more."""
+        while self._size < count and (chunk := next(self._chunks, None)) is not None:
+            self._held.append(chunk)
+            self._size += len(chunk)
+        if len(self._held) > 1:
+            self._held = [b"".join(self._held)]
+        return self._held[0][:count] if self._held else b""
 
+    def growing(self, limit: int) -> Chunks:
+        """The chunks from the start, read only as they are asked for, up to about `limit` bytes.
 
-def _unzstd(chunks: Chunks) -> Chunks:
-    """Walks the frames' blocks itself.
+        They stay for `chunks`.
+        """
+        size = 0
+        for chunk in list(self._held):
+            size += len(chunk)
+            yield chunk
+        while size < limit and (chunk := next(self._chunks, None)) is not None:
+            self._held.append(chunk)
+            self._size += len(chunk)
+            size += len(chunk)
+            yield chunk
 
-    python-zstandard's own readers cannot tell a cut frame from a whole one, and give all that a
-    chunk holds at once. A block holds at most 128 KiB of content. Source: RFC 8878, section 3.1.
-    """
-    source = ByteSource(chunks)
-    if source.at_end():
-        raise EOFError
-    context = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-    while not source.at_end():
-        magic = source.take(4)
-        number = int.from_bytes(magic, "little")
-        if number & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
-            for _ in source.parts(int.from_bytes(source.take(4), "little")):
-                pass
-        elif number == 0xFD2FB528:
-            yield from _zstd_frame(source, magic, context.decompressobj())
-        else:
-            raise DamagedStreamError("no zstd frame where one should start")
-
-
-def _zstd_frame(
-    source: ByteSource, magic: bytes, decoder: "zstandard.ZstdDecompressionObj"
-) -> Chunks:
-    descriptor = source.take(1)
-    flags = descriptor[0]
-    single_segment, has_checksum = flags >> 5 & 1, flags >> 2 & 1
-    size_bytes = (single_segment, 2, 4, 8)[flags >> 6]
-    rest = source.take(1 - single_segment + (0, 1, 2, 4)[flags & 3] + size_bytes)
-    yield decoder.decompress(magic + descriptor + rest)
-    last = 0
-    while not last:
-        head = source.take(3)
-        number = int.from_bytes(head, "little")
-        last, kind, size = number & 1, number >> 1 & 3, number >> 3
-        body = source.take((1 if kind == 1 else size) + (4 if last and has_checksum else 0))
-        yield decoder.decompress(head + body)
-
-
-_DECODERS: dict[str, Callable[[Chunks], Chunks]] = {".gz": _gunzip, ".xz": _unxz, ".zst": _unzstd}
-
-
-def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
-    """Name, size in bytes and content of each regular file in a tar archive (ustar, GNU or pax).
-
-    Unlike tarfile, it reads no header of more than a mebibyte, and does not take a damaged header
-    for the archive's end.
-
-    Raises:
-        EOFError: the archive stops before its end mark.
-        DamagedStreamError: a header is wrong, or too long.
-    """
-    long_name: str | None = None
-    pax: dict[str, str] = {}
-    while True:
-        header = source.take(_TAR_BLOCK)
-        if header == bytes(_TAR_BLOCK):
-            for _ in iter(source.at_end, True):
-                source.take(1)
-            return
-        size, kind = _tar_size(header, pax), header[156:157]
-        if kind in b"xLgK":
-            if size > _MAX_TAR_HEADER_BYTES:
-                raise DamagedStreamError(f"a tar header of {size} bytes")
-            body = source.take(size)
-            source.take(-size % _TAR_BLOCK)
-            if kind == b"x":
-                pax = _pax_records(body)
-            elif kind == b"L":
-                long_name = body.rstrip(b"\0").decode(errors="replace")
-            continue
-        content = source.parts(size)
-        if kind in b"0\x007":
-            yield pax.get("path") or long_name or _tar_name(header), size, content
-        for _ in content:
-            pass
-        source.take(-size % _TAR_BLOCK)
-        long_name, pax = None, {}
-
-
-def _tar_size(header: bytes, pax: dict[str, str]) -> int:
-    claimed = header[148:156].strip(b" \0")
-    try:
-        if int(claimed or b"0", 8) != sum(header[:148]) + sum(header[156:]) + 8 * 0x20:
-            raise DamagedStreamError("a tar header fails its checksum")
-        if "size" in pax:
-            return int(pax["size"])
-        if header[124] & 0x80:  # GNU's base-256, for 8 GiB and more
-            return int.from_bytes(header[125:136], "big")
-        return int(header[124:136].strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise DamagedStreamError("a tar header has a malformed number") from None
-
-
-def _tar_name(header: bytes) -> str:
-    name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode(errors="replace")
-
-
-def _pax_records(body: bytes) -> dict[str, str]:
-    records: dict[str, str] = {}
-    while body:
-        length, _, _ = body.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(body):
-            raise DamagedStreamError("a malformed pax header")
-        record, body = body[len(length) + 1 : int(length)], body[int(length) :]
-        key, _, value = record.rstrip(b"\n").partition(b"=")
-        records[key.decode(errors="replace")] = value.decode(errors="replace")
-    return records
+    def chunks(self) -> Chunks:
+        """All chunks, from the start; what was held is let go as it is used."""
+        self._held.reverse()
+        while self._held:
+            yield self._held.pop()
+        yield from self._chunks
 
 
 def lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
@@ -228,10 +111,47 @@ def lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
     for chunk in chunks:
         first, *more = chunk.split(b"\n")
         size += len(first)
-        parts = [*parts, first] if size <= limit else []
+        parts.append(first)
+        if size > limit:
+            parts.clear()
         if more:
             yield b"".join(parts) if size <= limit else None
             yield from more[:-1]
             parts, size = [more[-1]], len(more[-1])
     if size:
         yield b"".join(parts) if size <= limit else None
+
+
+def split(chunks: Chunks, separator: bytes) -> Iterator[Chunks]:
+    """The chunks of each part between separators. A separator at the very end begins no part.
+
+    Each part must be used up before the next is asked for. Linear in the number of bytes, whatever
+    the separator and the borders of the chunks are; no more than a chunk is held.
+    """
+    buffer, position, is_last = b"", 0, False
+
+    def part() -> Chunks:
+        nonlocal buffer, position, is_last
+        while (at := buffer.find(separator, position)) < 0:
+            keep = max(position, len(buffer) - len(separator) + 1)
+            if keep > position:
+                yield buffer[position:keep]
+            chunk = next(chunks, None)
+            if chunk is None:
+                is_last = True
+                if keep < len(buffer):
+                    yield buffer[keep:]
+                return
+            buffer, position = buffer[keep:] + chunk, 0
+        start, position = position, at + len(separator)
+        yield buffer[start:at]
+
+    def is_at_end() -> bool:
+        nonlocal buffer, position
+        while position == len(buffer) and (chunk := next(chunks, None)) is not None:
+            buffer, position = chunk, 0
+        return position == len(buffer)
+
+    yield part()
+    while not is_last and not is_at_end():
+        yield part()

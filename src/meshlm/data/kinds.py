@@ -1,0 +1,309 @@
+"""What a file holds: decided by its content, with its name as the second witness.
+
+A file is read as one of these kinds:
+
+    parquet, arrow, tar   by their magic bytes, whatever the name is
+    jsonl                 one JSON object in each line
+    json                  JSON values: lists of objects, or objects that span lines
+    text                  anything else that is text
+
+A file named .jsonl (or the like) holds JSON. Any other file does if it begins with a JSON object,
+or a list of objects, that has the text field, and nothing but further values follows. A single
+object needs a string there, so that a package.json or a notebook stays a text.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from meshlm.data import compression
+from meshlm.data.parsing import find_field, string_fields, text_field_hint
+from meshlm.data.records import BOM, MAX_DOCUMENT_BYTES, NOT_JSON, json_values, without_bom
+from meshlm.data.streams import CHUNK_BYTES, Peeked
+from meshlm.data.tar import BLOCK_BYTES, is_header
+
+Format = Literal["auto", "text", "json"]
+LOOK_BYTES = 8 << 10
+
+LABELS = {
+    "jsonl": "JSON lines",
+    "json": "JSON values",
+    "parquet": "parquet",
+    "arrow": "Arrow",
+    "tar": "tar",
+    "text": "text",
+    "left out": "left out",
+}
+"""The kinds, as messages say them."""
+
+_COMPRESSED = {
+    ".gz": ".gz",
+    ".tgz": ".gz",
+    ".xz": ".xz",
+    ".txz": ".xz",
+    ".zst": ".zst",
+    ".zstd": ".zst",
+    ".tzst": ".zst",
+    ".bz2": ".bz2",
+    ".tbz": ".bz2",
+    ".tbz2": ".bz2",
+}
+_TARS = (".tgz", ".txz", ".tzst", ".tbz", ".tbz2")
+_NAMED = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".ldjson": "jsonl",
+    ".jl": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".tar": "tar",
+}
+
+
+def named_compression(name: str) -> str | None:
+    """The compression that a file's name tells, a suffix of compression.NAMES, or None."""
+    return _COMPRESSED.get(os.path.splitext(name)[1].lower())
+
+
+def named_kind(name: str) -> str | None:
+    """The kind that a file's name without its compression tells, or None."""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in _TARS:
+        return "tar"
+    if suffix in _COMPRESSED:
+        suffix = os.path.splitext(stem)[1]
+    return _NAMED.get(suffix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a file was found to hold.
+
+    Attributes:
+        kind: a key of LABELS.
+        reason: why it is left out.
+        is_fatal: the file was to be read, by its name, so that leaving it out would be wrong.
+        hint: what the user might have wanted otherwise, or "".
+    """
+
+    kind: str
+    reason: str = ""
+    is_fatal: bool = False
+    hint: str = ""
+
+
+def _left_out(reason: str, *, is_fatal: bool = False) -> Found:
+    return Found(kind="left out", reason=reason, is_fatal=is_fatal)
+
+
+_LFS = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
+_MARKUP = re.compile(rb"\s*<(?:!doctype|html|\?xml|head|body|error)\b", re.IGNORECASE)
+_UTF16, _UTF32 = (b"\xff\xfe", b"\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+
+# No text begins with these.
+_BINARY = {
+    rb"PK(?:\x03\x04|\x05\x06)": "a zip archive (.zip, .docx, .npz, .pt): unpack it",
+    rb"\x80[\x02-\x05]": "a Python pickle",
+    rb"\x93NUMPY": "a NumPy array",
+    rb"SQLite format 3\0": "an SQLite database",
+    rb".{3}[\0\x01]\0{4}\{": "a safetensors file",
+    rb"Obj\x01": "an Avro file, which is not read: convert it to parquet or JSON lines",
+    rb"%PDF-": "a PDF: extract its text first",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    rb"Rar!\x1a\x07": "a RAR archive: unpack it",
+    rb"\x04\x22\x4d\x18": "lz4, which is not read: decompress it",
+    rb"\xff\x06\0\0sNaPpY": "snappy, which is not read: decompress it",
+    rb"\x1f\x9d": "compress (.Z), which is not read: decompress it",
+    rb"\x89HDF\r\n": "an HDF5 file",
+    rb"\xd0\xcf\x11\xe0": "an old Office document: extract its text first",
+    rb"\x89PNG": "a PNG image",
+    rb"\xff\xd8\xff": "a JPEG image",
+    rb"\x7fELF": "an ELF program or library",
+}
+# A text may begin with these, one without NUL bytes.
+_BINARY_WITH_NUL = {
+    rb"GGUF": "a GGUF file",
+    rb"ORC": "an ORC file, which is not read: convert it to parquet or JSON lines",
+    rb"FEA1": "Feather version 1, which is not read: write it again as version 2",
+    rb"PARE": "an encrypted parquet file",
+    rb"GIF8": "a GIF image",
+}
+
+
+def encoding_of(head: bytes) -> str | None:
+    """The encoding that a byte-order mark tells, "UTF-16" or "UTF-32", or None."""
+    if head.startswith(_UTF32):
+        return "UTF-32"
+    return "UTF-16" if head.startswith(_UTF16) else None
+
+
+def find_kind(
+    peeked: Peeked, name: str, *, named: bool, text_field: str, format: Format = "auto"
+) -> Found:
+    """What a decompressed file, or a member of an archive, holds.
+
+    Args:
+        peeked: its content as UTF-8, if it is text.
+        name: of the file.
+        named: it was given by name, and not found in a folder.
+        text_field: the field that makes a JSON object a document.
+        format: what text is, where it is not to be found out.
+    """
+    head = peeked.head(LOOK_BYTES)
+    expected = named_kind(name)
+    if (container := _container(head, expected)) is not None:
+        return Found(kind=container)
+    if (reason := _foreign(head, expected, named)) is not None:
+        return _left_out(reason, is_fatal=named or expected is not None)
+    if expected in ("parquet", "arrow", "tar"):
+        return _left_out(
+            f"it is named {LABELS[expected]} but is not that ({_beginning(head)}): get it again",
+            is_fatal=True,
+        )
+    if format == "text":
+        return Found(kind="text")
+    look = _look_at_json(peeked)
+    if format == "json" or expected == "jsonl":
+        return Found(kind=look.kind if look else "jsonl")
+    return _text_or_json(look, named, text_field)
+
+
+def _container(head: bytes, expected: str | None) -> str | None:
+    if head.startswith(b"PAR1") and (expected == "parquet" or b"\0" in head):
+        return "parquet"
+    is_stream = head.startswith(b"\xff\xff\xff\xff") and int.from_bytes(head[4:8], "little") > 0
+    if head.startswith(b"ARROW1\0\0") or (is_stream and head[7:8] < b"\x10"):
+        return "arrow"
+    block = head[:BLOCK_BYTES]
+    is_old = expected == "tar" and (is_header(block) or not any(block))
+    if block and (is_old or (block[257:262] == b"ustar" and b"\0" in block)):
+        return "tar"
+    return None
+
+
+def _foreign(head: bytes, expected: str | None, named: bool) -> str | None:
+    """The reason for which the bytes are no text and no JSON, or None."""
+    if _LFS.match(head):
+        return "it is a Git LFS pointer, not the file itself: run git lfs pull"
+    if expected and _MARKUP.match(head):
+        return (
+            f"it is named {LABELS[expected]} but is an HTML or XML page, perhaps a server's error "
+            "message: get it again"
+        )
+    if inner := compression.compression_of(head[: compression.HEAD_BYTES]):
+        return f"it is compressed twice, with {compression.NAMES[inner]} inside: decompress it once"
+    for magic, what in _BINARY.items():
+        if re.match(magic, head, re.DOTALL):
+            return f"it is {what}" if named else what
+    if b"\0" not in head:
+        return None
+    if encoding := _encoding_without_mark(head):
+        return (
+            f"{encoding} without a byte-order mark, it seems: "
+            f"convert it: iconv -f {encoding} -t UTF-8"
+        )
+    for magic, what in _BINARY_WITH_NUL.items():
+        if re.match(magic, head):
+            return f"it is {what}" if named else what
+    if named or expected:
+        return None  # what was asked for is text, or says in which line it is not
+    return f"binary: byte {head.index(0)} is NUL"
+
+
+def _encoding_without_mark(head: bytes) -> str | None:
+    """The encoding of mostly Latin text in UTF-16 or UTF-32, from where its NUL bytes are."""
+    for encoding in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+        unit = 4 if "32" in encoding else 2
+        whole = head[: len(head) // unit * unit]
+        low = 0 if encoding.endswith("LE") else unit - 1
+        count = len(whole) // unit
+        zeros = [whole[i::unit].count(0) for i in range(unit)]
+        if zeros[low] or any(2 * z < count for i, z in enumerate(zeros) if i != low):
+            continue
+        text = whole.decode(encoding, errors="replace")
+        if 0 < count <= 1.1 * sum(c.isprintable() or c.isspace() for c in text):
+            return encoding
+    return None
+
+
+def _beginning(head: bytes) -> str:
+    if not head:
+        return "it is empty"
+    start = head[:32].decode(errors="replace").split("\n")[0]
+    return f"it begins with {start!r}" if start.isprintable() else f"it begins with {head[:8]!r}"
+
+
+@dataclass(frozen=True)
+class _Json:
+    kind: str
+    first: dict[str, Any]
+    is_many: bool  # more than one value, or a list
+    is_list: bool
+
+
+_MAY_BE_JSON = re.compile(rb"\s*(?:\[\s*)?\{\s*[\"}]")
+
+
+def _look_at_json(peeked: Peeked) -> _Json | None:
+    """What JSON the content begins with, None if it is none."""
+    head = peeked.head(LOOK_BYTES)
+    if not _MAY_BE_JSON.match(head.removeprefix(BOM)):
+        return None
+    values = json_values(without_bom(peeked.growing(MAX_DOCUMENT_BYTES)))
+    first, _ = next(values, (None, None))
+    decoded = _object(first or b"")
+    if first is None or decoded is None:
+        return _damaged_lines(peeked)
+    second, reason = next(values, (None, None))
+    if reason == NOT_JSON:
+        return None
+    is_list = head.removeprefix(BOM).lstrip().startswith(b"[")
+    end = head.index(b"{") + len(first)
+    follows = peeked.head(end + LOOK_BYTES)[end:].lstrip(b" \t\r")
+    is_line = b"\n" not in first and (not follows or follows.startswith(b"\n"))
+    return _Json(
+        kind="json" if is_list or not is_line else "jsonl",
+        first=decoded,
+        is_many=is_list or second is not None or reason is not None,
+        is_list=is_list,
+    )
+
+
+def _damaged_lines(peeked: Peeked) -> _Json | None:
+    """JSON lines whose first line is damaged, told by two that are whole; None if it is not so."""
+    lines = peeked.head(CHUNK_BYTES).split(b"\n")[1:-1]
+    objects = (decoded for line in lines if (decoded := _object(line)))
+    first, second = next(objects, None), next(objects, None)
+    if first is None or second is None:
+        return None
+    return _Json(kind="jsonl", first=first, is_many=True, is_list=False)
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    try:
+        decoded = msgspec.json.decode(data)
+    except (ValueError, RecursionError):
+        return None
+    return decoded if isinstance(decoded, dict) else None
+
+
+def _text_or_json(look: _Json | None, named: bool, text_field: str) -> Found:
+    if look is None:
+        return Found(kind="text")
+    text = find_field(look.first, text_field)
+    has_field = text_field in look.first or text is not None
+    if isinstance(text, str) or (has_field and look.is_many and text is None):
+        return Found(kind=look.kind)
+    names = string_fields(look.first)
+    if not look.is_many or not names:
+        return Found(kind="text")
+    hint = f"{LABELS[look.kind]} without a field `{text_field}`{text_field_hint(names)}"
+    if look.is_list and not named:
+        return Found(kind="text", hint=hint)
+    return _left_out(f"{hint}, or take files as they are with --format text", is_fatal=True)

@@ -1,0 +1,109 @@
+"""Tar archives: ustar, GNU and pax, read as a stream."""
+
+from collections.abc import Iterator
+
+from meshlm.data.streams import ByteSource, Chunks, DamagedStreamError
+
+_MAX_HEADER_BYTES = 1 << 20
+BLOCK_BYTES = 512
+
+
+def is_header(block: bytes) -> bool:
+    """Whether `block`, the first 512 bytes of a file, is a tar header of any age."""
+    try:
+        _check_sum(block)
+    except DamagedStreamError:
+        return False
+    return len(block) == BLOCK_BYTES and any(block)
+
+
+def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
+    """Name, size in bytes and content of each regular file in a tar archive (ustar, GNU or pax).
+
+    Unlike tarfile, it reads no header of more than a mebibyte, and does not take a damaged header
+    for the archive's end. An archive that follows the end of another is read too; `tar` would leave
+    it out.
+
+    Names that are not UTF-8 hold surrogates, as `os.fsdecode` gives them.
+
+    Raises:
+        EOFError: the archive stops before its end mark.
+        DamagedStreamError: a header is wrong, or too long, or other bytes follow the end.
+    """
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = source.take(BLOCK_BYTES)
+        if header == bytes(BLOCK_BYTES):
+            padding = source.skip_zeros()
+            if source.at_end():
+                return
+            header = b"" if padding % BLOCK_BYTES else b"".join(_up_to(source, BLOCK_BYTES))
+            if not is_header(header):
+                raise DamagedStreamError("bytes that are no tar header follow the archive's end")
+        size, kind = _tar_size(header, pax), header[156:157]
+        if kind in b"xLgK":
+            if size > _MAX_HEADER_BYTES:
+                raise DamagedStreamError(f"a tar header of {size} bytes")
+            body = source.take(size)
+            source.take(-size % BLOCK_BYTES)
+            if kind == b"x":
+                pax = _pax_records(body)
+            elif kind == b"L":
+                long_name = body.rstrip(b"\0").decode(errors="surrogateescape")
+            continue
+        content = source.parts(size)
+        if kind in b"0\x007":
+            yield pax.get("path") or long_name or _tar_name(header), size, content
+        for _ in content:
+            pass
+        source.take(-size % BLOCK_BYTES)
+        long_name, pax = None, {}
+
+
+def _up_to(source: ByteSource, count: int) -> Chunks:
+    """The next `count` bytes, or those that there are."""
+    try:
+        yield from source.parts(count)
+    except EOFError:
+        return
+
+
+def _check_sum(header: bytes) -> None:
+    claimed = header[148:156].strip(b" \0") or b"0"
+    try:
+        number = int(claimed, 8)
+    except ValueError:
+        raise DamagedStreamError("a tar header has a malformed number") from None
+    if number != sum(header[:148]) + sum(header[156:]) + 8 * 0x20:
+        raise DamagedStreamError("a tar header fails its checksum")
+
+
+def _tar_size(header: bytes, pax: dict[str, str]) -> int:
+    _check_sum(header)
+    try:
+        if "size" in pax:
+            return int(pax["size"])
+        if header[124] & 0x80:  # GNU's base-256, for 8 GiB and more
+            return int.from_bytes(header[125:136], "big")
+        return int(header[124:136].strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise DamagedStreamError("a tar header has a malformed number") from None
+
+
+def _tar_name(header: bytes) -> str:
+    name = header[:100].split(b"\0")[0]
+    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return (prefix + b"/" + name if prefix else name).decode(errors="surrogateescape")
+
+
+def _pax_records(body: bytes) -> dict[str, str]:
+    records: dict[str, str] = {}
+    while body:
+        length, _, _ = body.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(body):
+            raise DamagedStreamError("a malformed pax header")
+        record, body = body[len(length) + 1 : int(length)], body[int(length) :]
+        key, _, value = record.rstrip(b"\n").partition(b"=")
+        records[key.decode(errors="surrogateescape")] = value.decode(errors="surrogateescape")
+    return records
