@@ -7,6 +7,8 @@
 # JAX reads the slice's own metadata: which hosts there are, and who is the first. --run and --data
 # lie on a file system that all hosts see. Start it again after the slice was taken away and came
 # back: it goes on from the newest checkpoint.
+#
+# Nobody has run this on a slice yet; a test checks its form.
 set -euo pipefail
 : "${TPU:?the name of the TPU slice}" "${ZONE:?its zone}"
 MESHLM=${MESHLM:-meshlm}

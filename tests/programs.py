@@ -49,20 +49,21 @@ class Program:
         """What it has printed."""
         return self.log.read_text(errors="replace")
 
-    def find(self, *words: str) -> list[psutil.Process]:
-        """Returns the processes below it whose command line has these words."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if set(words) <= set(process.cmdline()):
-                    found.append(process)
-        return found
-
     def end(self) -> None:
         """Kills it and all below it."""
         with contextlib.suppress(psutil.NoSuchProcess):
             end_all([psutil.Process(self.process.pid)])
         self.process.wait()
+
+
+def find(*words: str) -> list[psutil.Process]:
+    """Returns the processes that the tests have started whose command line has these words."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if set(words) <= set(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def end_all(processes: Sequence[psutil.Process]) -> None:

@@ -142,7 +142,8 @@ def test_a_stream_is_not_held_back_and_a_client_that_leaves_frees_its_slot(proxy
     before = proxy.total(name)
     url, body = f"{proxy.url}/v1/completions", {**LONG, "stream": True}
     with proxy.client.stream("POST", url, json=body) as answer:
-        assert next(answer.iter_lines()).startswith("data: {")
+        lines = answer.iter_lines()  # kept: the client leaves when it is gone
+        assert next(lines).startswith("data: {")
         eventually(lambda: proxy.total("meshlm_samples_running") == 1, 20)
     eventually(lambda: proxy.total("meshlm_samples_running") == 0, 30)
     assert proxy.total(name) == before + 1
@@ -158,7 +159,6 @@ def test_limits_and_what_is_the_operators(proxy):
 
 def test_requests_go_to_the_other_server_when_one_stops(proxy, weights, compiled):
     """The last test of each proxy: the server is there again on its port for the next one."""
-    first = proxy.servers[0]
     body = {"prompt": "the quick", "max_tokens": 4}
     with proxy.client.stream(
         "POST", f"{proxy.url}/v1/completions", json={**LONG, "stream": True}
@@ -166,7 +166,6 @@ def test_requests_go_to_the_other_server_when_one_stops(proxy, weights, compiled
         lines = answer.iter_lines()
         text = [next(lines)]
         busy = next(s for s in proxy.servers if s.metrics(KEY)["meshlm_samples_running"])
-        assert busy in proxy.servers
         busy.send(signal.SIGTERM)
         # It drains: 503 to all that is new, which the proxy gives to the other.
         for _ in range(10):
@@ -177,7 +176,6 @@ def test_requests_go_to_the_other_server_when_one_stops(proxy, weights, compiled
     assert busy.wait_exit() == 0
     for _ in range(4):
         assert proxy.client.post(f"{proxy.url}/v1/completions", json=body).status_code == 200
-    del first
     options = (*SERVE, "--allowed-host", NAME, "--compile-cache", str(compiled))
     again = Server(weights, *options, "--port", str(busy.port))
     proxy.servers[proxy.servers.index(busy)] = again.wait_ready(120)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 
 import psutil
 import pytest
 
-from programs import LAUNCH, Program, eventually
+from programs import LAUNCH, Program, eventually, find
 from runs import SMALL, lines
 
 pytestmark = pytest.mark.timeout(400)
@@ -25,7 +24,6 @@ def launch(ray, folder, *words) -> Program:
 
 
 def test_two_workers_train_and_go_on_after_one_was_killed(ray, store, tmp_path):
-    head, _ = ray
     run = tmp_path / "run"
     options = (f"--run={run}", f"--data={store}", f"--steps={STEPS}", "--mesh.data=2")
     program = launch(ray, tmp_path, *SMALL, *options, "--checkpoint-every=10")
@@ -36,7 +34,7 @@ def test_two_workers_train_and_go_on_after_one_was_killed(ray, store, tmp_path):
 
     try:
         eventually(has_saved, 240, lambda: program.text)
-        processes = head.find("train", f"--run={run}")
+        processes = [p for p in find("train", f"--run={run}") if "--workers" not in p.cmdline()]
         assert len(processes) == 2
         first = {process.pid for process in processes}
         processes[0].send_signal(signal.SIGKILL)
@@ -45,8 +43,6 @@ def test_two_workers_train_and_go_on_after_one_was_killed(ray, store, tmp_path):
         program.end()
     assert not [pid for pid in first if psutil.pid_exists(pid)]
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
-    assert "going on" in (run / "log.txt").read_text() or "resum" in (run / "log.txt").read_text()
-    assert json.loads((run / "config.json").read_text())
 
 
 def test_a_wrong_command_is_handed_back_at_once(ray, store, tmp_path):
