@@ -19,6 +19,7 @@ from meshlm.conversion.tensors import TensorInfo
 from meshlm.core import files
 from meshlm.core.errors import UsageError
 from meshlm.data.journal import Appender, Plan, Totals, Workspace
+from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.store import Counts
 from meshlm.training import run_folder
 from meshlm.training.lock import RunLock
@@ -166,6 +167,17 @@ def test_reading_does_not_wait_for_a_pipe(folder: Path) -> None:
     (folder / "link").symlink_to(folder / "file")
     (folder / "file").write_bytes(b"x")
     assert files.read(folder / "link") == b"x"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "unfinished/journal.jsonl"])
+def test_a_store_in_the_making_does_not_wait_for_a_pipe(folder: Path, name: str) -> None:
+    (folder / "text.txt").write_text("some text, and some more of it\n" * 20)
+    out = folder / "store"
+    (out / "unfinished").mkdir(parents=True)
+    os.mkfifo(out / name)
+    config = PrepareConfig(paths=(str(folder / "text.txt"),), out=str(out), val_fraction=0)
+    with pytest.raises(UsageError, match=f"{name} is a named pipe"):
+        prepare(config)
 
 
 # Everything in a run's folder, and in the folder of a store in the making.

@@ -217,7 +217,7 @@ class Workspace:
         journal = self.path / JOURNAL
         if not journal.exists():
             return []
-        *whole, _ = journal.read_bytes().split(b"\n")  # a line is valid once its newline is there
+        *whole, _ = files.read(journal).split(b"\n")  # a line is valid once its newline is there
         return whole
 
 

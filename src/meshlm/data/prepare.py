@@ -219,7 +219,7 @@ def _finished(plan: Plan, inputs: Inputs, out: Path) -> Manifest | None:
     path = out / MANIFEST
     if not path.exists():
         return None
-    manifest = parse_manifest(path.read_bytes(), path)
+    manifest = parse_manifest(files.read(path), path)
     before = [(source.path, source.num_bytes) for source in manifest.sources]
     difference = Plan(options=manifest.options, inputs=before).difference(plan)
     if difference is None:
@@ -253,7 +253,7 @@ def _publish(out: Path, workspace: Workspace) -> Manifest:
     """Moves the finished files to their place, the manifest last; a kill between leaves the rest to
     the next run."""
     ready = workspace.path / MANIFEST
-    manifest = parse_manifest(ready.read_bytes(), ready)
+    manifest = parse_manifest(files.read(ready), ready)
     (out / MANIFEST).unlink(missing_ok=True)
     files.sync_folder(out)
     for name in manifest.files:
@@ -303,7 +303,7 @@ class _Preparation:
         """The manifest of the files in the workspace, which are whole then."""
         path = self._folder / TOKENIZER
         if path.exists():
-            tokenizer = from_json(path.read_bytes())
+            tokenizer = from_json(files.read(path))
         else:
             tokenizer = given or self._learn(vocab_size or 0)
             files.replace(path, tokenizer.to_json())

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.files import read
 from meshlm.data.inputs import LeftOut
 from meshlm.data.number_file import NumberFile
 from meshlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -204,7 +205,7 @@ class TokenStore:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`. Raises as `TokenStore.open`."""
     try:
-        data = (path / MANIFEST).read_bytes()
+        data = read(path / MANIFEST)
     except OSError:
         if (path / UNFINISHED).is_dir():
             raise BadInputError(
