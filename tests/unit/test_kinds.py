@@ -129,6 +129,21 @@ def test_json_lines_with_another_field_are_an_error_that_names_it(tmp_path, in_f
     assert read(tmp_path / "a.json", data, **options) == ("jsonl", ["some words", "x"])
 
 
+@pytest.mark.parametrize("data", [b'["one", "two"]', b'{"data": [{"text": "x"}]}', PACKAGE])
+def test_json_that_is_one_text_is_said_where_it_was_given_by_name(tmp_path, data):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(data))
+    for in_folder in (False, True):
+        reader = reader_of(tmp_path / "a.json.gz", in_folder=in_folder)
+        assert documents(reader) == [data.decode()]
+        assert ("no list or lines of objects with `text`" in reader.note) == (not in_folder)
+
+
+def test_lines_with_no_string_in_the_field_are_bad_documents(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"text": ["a", "b"]}\n{"text": null}\n')
+    found = [Parser().documents(r)[0].bad or "" for r in reader_of(tmp_path / "a.json").records()]
+    assert [reason[:7] for reason in found] == ["no text"] * 2
+
+
 def test_format_decides(tmp_path):
     assert read(tmp_path / "a.jsonl", LINES, format="text") == ("text", [LINES.decode()])
     assert read(tmp_path / "a.json", b'{"text": "one"}', format="json") == ("jsonl", ["one"])

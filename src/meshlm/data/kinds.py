@@ -73,12 +73,14 @@ def named_compression(name: str) -> str | None:
 
 def named_kind(name: str) -> str | None:
     """The kind that a file's name without its compression tells, or None."""
-    stem, suffix = os.path.splitext(name.lower())
-    if suffix in _TARS:
+    if os.path.splitext(name.lower())[1] in _TARS:
         return "tar"
-    if suffix in _COMPRESSED:
-        suffix = os.path.splitext(stem)[1]
-    return _NAMED.get(suffix)
+    return _NAMED.get(os.path.splitext(_without_compression(name))[1])
+
+
+def _without_compression(name: str) -> str:
+    stem, suffix = os.path.splitext(name.lower())
+    return stem if suffix in _COMPRESSED else name.lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,13 @@ def find_kind(
     look = _look_at_json(peeked)
     if format == "json" or expected == "jsonl":
         return Found(kind=look.kind if look else "jsonl")
-    return _text_or_json(look, named, text_field)
+    found = _text_or_json(look, named, text_field)
+    is_json = _without_compression(name).endswith(".json")
+    if found == Found(kind="text") and named and is_json:
+        return Found(
+            kind="text", hint=f"its JSON is no list or lines of objects with `{text_field}`"
+        )
+    return found
 
 
 def _container(head: bytes, expected: str | None) -> str | None:
@@ -298,7 +306,8 @@ def _text_or_json(look: _Json | None, named: bool, text_field: str) -> Found:
         return Found(kind="text")
     text = find_field(look.first, text_field)
     has_field = text_field in look.first or text is not None
-    if isinstance(text, str) or (has_field and look.is_many and text is None):
+    # Lines with something else in the field are bad documents; a list of such is another program's.
+    if isinstance(text, str) or (has_field and look.is_many and (text is None or not look.is_list)):
         return Found(kind=look.kind)
     names = string_fields(look.first)
     if not look.is_many or not names:
