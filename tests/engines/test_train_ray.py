@@ -36,12 +36,12 @@ def test_two_workers_train_and_go_on_after_one_was_killed(ray, store, tmp_path):
         eventually(has_saved, 240, lambda: program.text)
         processes = [p for p in find("train", f"--run={run}") if "--workers" not in p.cmdline()]
         assert len(processes) == 2
-        first = {process.pid for process in processes}
         processes[0].send_signal(signal.SIGKILL)
         assert program.process.wait(240) == 0, program.text
     finally:
         program.end()
-    assert not [pid for pid in first if psutil.pid_exists(pid)]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert f"resumed from {run}/checkpoints/step_" in program.text
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
 
 
