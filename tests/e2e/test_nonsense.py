@@ -157,7 +157,7 @@ GENERATE = [
     ("RUN --prompt a --top-p 1.5", 2, "--top-p is 1.5"),
     ("RUN --prompt a --min-p 2", 2, "--min-p is 2"),
     ("RUN --prompt a --repetition-penalty 0", 2, "--repetition-penalty is 0"),
-    ("RUN --prompt a --seed -1", 2, "--seed is -1"),
+    ("RUN --prompt a --seed 9223372036854775808", 2, "--seed is 9223372036854775808"),
     ("RUN --prompt a -n 0", 2, "-n is 0"),
     ("RUN --prompt a -n many", 2, "--n many: give a whole number"),
     ("RUN --prompt a --logprobs 21", 2, "--logprobs is 21"),

@@ -196,7 +196,7 @@ WRONG_FIELDS = [
     ({"temperature": 10**400}, "temperature", "digits"),
     ({"echo": 1}, "echo", "1"),
     ({"suffix": "end"}, "suffix", "not supported"),
-    ({"tools": []}, "tools", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"best_off": 1}, "best_off", "not supported"),
     ({"seed": 1.0}, "seed", "1.0"),
     ({"logit_bias": {"5": True}}, "logit_bias.5", "True"),
@@ -391,7 +391,7 @@ def test_schema_has_the_neutral_values() -> None:
             assert properties[name]["enum"] == [*values, None]
 
 
-WHERE = {CompletionRequest: "completions", ChatRequest: "chat", ChatMessage: "a message"}
+WHERE = {SamplingFields: "both", ChatMessage: "a message"}
 WHERE |= {TextPart: "a part of `content`", StreamOptions: "`stream_options`"}
 
 
@@ -400,7 +400,7 @@ def test_docs_have_the_neutral_values() -> None:
     told = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page.partition("## Neutral")[2], re.M)
     values = [
         (name, WHERE[kind], ", ".join(f"`{json.dumps(value)}`" for value in values) or "none")
-        for kind in REQUESTS
+        for kind in WHERE
         for name, values in kind.neutral.items()
     ]
     assert sorted(told) == sorted(values)

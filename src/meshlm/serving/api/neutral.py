@@ -10,9 +10,8 @@ from typing import Any
 Neutral = Mapping[str, tuple[Any, ...]]
 """Name of a field -> its neutral values beside null."""
 
-COMPLETION_NEUTRAL: Neutral = {"suffix": ("",)}
-
-CHAT_NEUTRAL: Neutral = {
+# Of completions and of chats: a client that serves both sends the same fields to either.
+REQUEST_NEUTRAL: Neutral = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -27,6 +26,7 @@ CHAT_NEUTRAL: Neutral = {
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),

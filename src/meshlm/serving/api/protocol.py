@@ -21,9 +21,8 @@ from pydantic import (
 
 from meshlm.generation.config import MAX_SEED, MIN_SEED
 from meshlm.serving.api.neutral import (
-    CHAT_NEUTRAL,
-    COMPLETION_NEUTRAL,
     MESSAGE_NEUTRAL,
+    REQUEST_NEUTRAL,
     STREAM_OPTIONS_NEUTRAL,
     TEXT_PART_NEUTRAL,
     Neutral,
@@ -91,6 +90,7 @@ class StreamOptions(Strict):
 class SamplingFields(Strict):
     """What completions and chat have in common. null stands for a field that is left out."""
 
+    neutral: ClassVar[Neutral] = REQUEST_NEUTRAL
     model: str | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -118,7 +118,6 @@ class SamplingFields(Strict):
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
-    neutral: ClassVar[Neutral] = COMPLETION_NEUTRAL
     prompt: PromptField = None
     best_of: int | None = None
     echo: bool | None = None
@@ -153,7 +152,6 @@ class ChatMessage(Strict):
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
-    neutral: ClassVar[Neutral] = CHAT_NEUTRAL
     messages: Annotated[list[ChatMessage], FailFast()]
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
