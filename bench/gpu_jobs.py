@@ -307,7 +307,8 @@ def decode_meshlm(job: Json) -> Json:
     del params
     generator = Generator(
         ready,
-        end_of_text_id=None,
+        end_ids=(),
+        start_id=None,
         token_bytes=lambda token: b"",
         max_rows=max(job["batch_sizes"]),
     )

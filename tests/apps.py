@@ -18,6 +18,7 @@ import uvicorn
 
 from meshlm.api import Model
 from meshlm.core.sharding import MeshConfig, make_mesh
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, train_bpe
 from meshlm.generation import DecodeModel
 from meshlm.generation.profiles import numerics
@@ -66,7 +67,14 @@ def _decode_model() -> DecodeModel:
 @functools.cache
 def engine() -> Engine:
     """One engine for all tests of a process: compiling is most of its time."""
-    made = Engine(lambda: Loaded(model=_decode_model(), tokenizer=tokenizer()), ENGINE)
+    made = Engine(
+        lambda: Loaded(
+            model=_decode_model(),
+            tokenizer=tokenizer(),
+            special_tokens=SpecialTokens.of(tokenizer()),
+        ),
+        ENGINE,
+    )
     made.start()
     atexit.register(stop, made)
     while made.state == "loading":

@@ -18,7 +18,9 @@ from meshlm.conversion.opening import open_source
 from meshlm.conversion.tensors import Source
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig, make_mesh
+from meshlm.data.special_tokens import SpecialTokens, check_rows
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.data.tokenizer_json import SpecialTokenMode
 from meshlm.generation import DecodeModel, Generation, Generator, SamplingConfig, Scorer
 from meshlm.generation.generate import start_of_text
 from meshlm.generation.profiles import Dtype, Numerics, Profile, Quantization, numerics
@@ -62,7 +64,7 @@ class Generations(list[Generation]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """How probable a text is: each token given end-of-text and the tokens before it."""
+    """How probable a text is: each token given the start of a text and the tokens before it."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -85,12 +87,20 @@ class Model:
         numerics: Numerics,
         mesh: Mesh,
         *,
+        special_tokens: SpecialTokens | None = None,
         sample_extra_tokens: bool = False,
     ) -> None:
-        """Makes a model of weights with one block a layer; see `load` for the rest."""
+        """Makes a model of weights with one block a layer; see `load` for the rest.
+
+        Args:
+            special_tokens: what ends and begins texts, and whether texts spell special tokens; None
+                for the tokenizer's end of text, which no text spells.
+        """
         self.params = params
         self.config = config
-        self.tokenizer = tokenizer
+        self.special_tokens = special_tokens or SpecialTokens.of(tokenizer)
+        mode = self.special_tokens.mode
+        self.tokenizer = None if tokenizer is None else tokenizer.with_special_tokens(mode)
         self.numerics = numerics
         self.mesh = mesh
         self.sample_extra_tokens = sample_extra_tokens
@@ -156,7 +166,7 @@ class Model:
         on_text: Callable[[int, int, str], None] | None = None,
     ) -> Generations:
         """Returns samples as `generate` does; `on_text(prompt, sample, piece)` hears each piece."""
-        ids = [self._encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
         done = self._generator.generate(ids, sampling, on_text)
         return Generations(sample for samples in done for sample in samples)
 
@@ -166,8 +176,8 @@ class Model:
         Raises:
             UsageError: a text is longer than the context, or the model has no tokenizer.
         """
-        ids = [self._encode(text) for text in _as_list(texts)]
-        start = start_of_text(self._end_of_text_id)
+        ids = [self.encode(text) for text in _as_list(texts)]
+        start = start_of_text(self._start_id)
         scores = self._scorer.token_logprobs([start + tokens for tokens in ids])
         return [
             Score(tokens=tokens, logprobs=score.log_probs.tolist())
@@ -186,7 +196,7 @@ class Model:
         if isinstance(context, str) and isinstance(continuation, str):
             kept = context.rstrip()
             context, continuation = kept, context[len(kept) :] + continuation
-        before, after = self._encode(context), self._encode(continuation)
+        before, after = self.encode(context), self.encode(continuation)
         if not after:
             raise UsageError("the continuation is empty: give at least one token")
         likelihood = self._scorer.loglikelihood([(before, after)])[0]
@@ -204,6 +214,8 @@ class Model:
         if self.tokenizer is not None:
             allowed = min(allowed, self.tokenizer.vocab_size)
             sampled = allowed if self.sample_extra_tokens else self.tokenizer.text_vocab_size
+            if any(sampled <= token < allowed for token in self.end_ids):
+                sampled = allowed  # a sample could not end otherwise
         return DecodeModel.prepare(
             self.params,
             self.config,
@@ -215,27 +227,40 @@ class Model:
         )
 
     @property
-    def _end_of_text_id(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.end_of_text_id
+    def end_ids(self) -> tuple[int, ...]:
+        """The token ids of which any ends a sample."""
+        return self.special_tokens.end_ids(self.tokenizer)
+
+    @property
+    def _start_id(self) -> int | None:
+        return self.special_tokens.start_id(self.tokenizer, self.config.vocab_size)
 
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(
             self.decode_model,
-            end_of_text_id=self._end_of_text_id,
+            end_ids=self.end_ids,
+            start_id=self._start_id,
             token_bytes=_no_text if self.tokenizer is None else self.tokenizer.token_bytes,
         )
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self.decode_model, end_of_text_id=self._end_of_text_id)
+        return Scorer(self.decode_model, start_id=self._start_id)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of a prompt: a text's, or the given ones as they are.
+
+        Raises:
+            UsageError: there is no tokenizer, or a text becomes a token that has no row.
+        """
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise UsageError("this model has no tokenizer: give token ids, or load it with one")
-        return self.tokenizer.encode(prompt)
+        tokens = self.tokenizer.encode(prompt)
+        check_rows(tokens, self.tokenizer, self.config.vocab_size)
+        return tokens
 
 
 def served(model: Model) -> Loaded:
@@ -246,7 +271,9 @@ def served(model: Model) -> Loaded:
     """
     if model.tokenizer is None:
         raise UsageError("a model without a tokenizer cannot be served: give --tokenizer")
-    return Loaded(model=model.decode_model, tokenizer=model.tokenizer)
+    return Loaded(
+        model=model.decode_model, tokenizer=model.tokenizer, special_tokens=model.special_tokens
+    )
 
 
 def _no_text(token: int) -> bytes:
@@ -273,6 +300,7 @@ def load(
     tokenizer: str | None = None,
     allow_pickle: bool = False,
     verify: bool = False,
+    special_tokens: SpecialTokenMode | None = None,
     sample_extra_tokens: bool = False,
 ) -> Model:
     """Returns the model in a run, a checkpoint, or GPT-J's weights in another format.
@@ -291,10 +319,13 @@ def load(
         mesh: where to put the weights; one device unless given.
         config: the original's JSON configuration, or a preset's name, where none lies beside the
             weights.
-        tokenizer: "gpt2" or a tokenizer.json, where none lies beside the weights.
+        tokenizer: "gpt2", a tokenizer.json or its folder, in place of what lies beside the weights.
         allow_pickle: read a `pytorch_model.bin`, in a process of its own, by torch.
         verify: first hold every byte against the certificate, or the checksums of the download,
             beside the weights.
+        special_tokens: "parse" makes tokens of their spelling in texts, such as `<|endoftext|>`;
+            "text" leaves it text. Left out: "parse" where the tokenizer came with a Hugging Face
+            folder or from a file, else "text", and what a run or a checkpoint recorded.
         sample_extra_tokens: generate ids beyond those of text too, up to the vocabulary's last row.
 
     Raises:
@@ -302,7 +333,12 @@ def load(
         BadInputError: the files are damaged, or do not fit each other.
     """
     source = open_source(
-        path, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle, verify=verify
+        path,
+        config=config,
+        tokenizer=tokenizer,
+        allow_pickle=allow_pickle,
+        verify=verify,
+        special_tokens=special_tokens,
     )
     opened = plan_loading(source, profile=profile, dtype=dtype, quantize=quantize, mesh=mesh)
     return load_opened(opened, sample_extra_tokens=sample_extra_tokens)
@@ -355,5 +391,6 @@ def load_opened(opened: Opened, *, sample_extra_tokens: bool = False) -> Model:
         tokenizer,
         opened.numerics,
         opened.mesh,
+        special_tokens=opened.source.special_tokens,
         sample_extra_tokens=sample_extra_tokens,
     )

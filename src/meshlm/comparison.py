@@ -150,7 +150,7 @@ def _tokens(model: Model, text: str | None, length: int) -> np.ndarray:
         if text is not None:
             raise UsageError("the model has no tokenizer to read a text with: leave it out")
         return np.array([spread_tokens(model.config.vocab_size, length)], np.int32)
-    ids = model.tokenizer.encode(SAMPLE_TEXT if text is None else text)[:length]
+    ids = model.encode(SAMPLE_TEXT if text is None else text)[:length]
     if not ids:
         raise UsageError("the text to compare on is empty: give at least one token")
     return np.array([ids], np.int32)

@@ -33,7 +33,9 @@ from meshlm.conversion.safetensors import from_bytes, to_bytes
 from meshlm.conversion.tensors import CastPart, Source, part_keys, stacked_name
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import from_named
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe
+from meshlm.data.tokenizer_folder import ReadTokenizer
 from meshlm.model.config import PRESETS
 from meshlm.model.params import Params, describe
 from meshlm.model.transformer import forward
@@ -101,6 +103,7 @@ def write_folder(folder: Path, source: Source, dtype: str | None = None, **chang
         step=source.step,
         counts=source.counts,
         sidecar=source.sidecar,
+        special_tokens=source.special_tokens,
         **changes,
     )
     for part in source.parts(order=target.order):
@@ -299,7 +302,7 @@ def test_gpt2s_tokenizer_with_the_published_extra_tokens(tmp_path):
     assert theirs.eos_token_id == theirs.bos_token_id == 50256
     assert theirs.model_max_length == 16
     for text in TEXTS:
-        tokens = source.tokenizer.encode(text, allow_special=True)
+        tokens = source.tokenizer.encode(text, "parse")
         assert theirs(text)["input_ids"] == tokens
         assert theirs.decode(tokens) == text
     extra = theirs.convert_tokens_to_ids(["<|extratoken_1|>", "<|extratoken_143|>"])
@@ -330,13 +333,14 @@ def check_extra_tokens(tokenizer):
 def test_a_trained_tokenizer(tmp_path):
     tokenizer = train_bpe(["one two three one two two " * 9, "def f(x):\n    return x\n" * 9], 300)
     make_model(vocab_size=384).save_pretrained(tmp_path / "theirs")
-    source = open_hf(tmp_path / "theirs", tokenizer)
+    given_one = ReadTokenizer(tokenizer, SpecialTokens.of(tokenizer))
+    source = open_hf(tmp_path / "theirs", given_one)
     write_folder(tmp_path / "ours", source)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert len(theirs) == tokenizer.vocab_size
     assert theirs.eos_token_id == tokenizer.end_of_text_id
     for text in (*TEXTS, "def one(two):\n"):
-        assert theirs(text)["input_ids"] == tokenizer.encode(text, allow_special=True)
+        assert theirs(text)["input_ids"] == tokenizer.encode(text, "parse")
     assert open_hf(tmp_path / "ours").tokenizer.fingerprint == tokenizer.fingerprint
     config = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
     assert config.eos_token_id == tokenizer.end_of_text_id
@@ -344,7 +348,7 @@ def test_a_trained_tokenizer(tmp_path):
 
 def test_our_config_is_the_published_one(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps(make_config(PRESETS["gpt-j-6b"], "float16", 50256))
+        json.dumps(make_config(PRESETS["gpt-j-6b"], "float16", SpecialTokens.of(load_gpt2())))
     )
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     wanted = transformers.GPTJConfig().to_dict()

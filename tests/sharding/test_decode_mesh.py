@@ -36,8 +36,10 @@ def prepare(mesh: jax.sharding.Mesh | None) -> DecodeModel:
 def generate(model: DecodeModel) -> dict[str, object]:
     # A lone row is a special case to JAX, and there is one only where the batch is not split.
     alone = PROMPTS[:1] if model.batch_shards == 1 else PROMPTS
-    generator = Generator(model, end_of_text_id=END, token_bytes=lambda token: b"%d " % token)
-    scores = Scorer(model, end_of_text_id=END).token_logprobs([PROMPTS[1]])[0]
+    generator = Generator(
+        model, end_ids=(END,), start_id=END, token_bytes=lambda token: b"%d " % token
+    )
+    scores = Scorer(model, start_id=END).token_logprobs([PROMPTS[1]])[0]
     return {
         "greedy": [sample.tokens for (sample,) in generator.generate(PROMPTS, GREEDY)],
         "sampled": [sample.tokens for (sample,) in generator.generate(PROMPTS, SAMPLED)],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from meshlm.core.errors import UsageError
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, train_bpe
 from meshlm.generation import DecodeModel, Generator, SamplingConfig, Scorer
 from meshlm.serving.config import EngineConfig
@@ -34,7 +35,8 @@ def prepare(tokenizer: Tokenizer, **axes: int) -> DecodeModel:
 def started(tokenizer: Tokenizer, **axes: int) -> Engine:
     model = prepare(tokenizer, **axes)
     config = EngineConfig(slots=2, prefill_chunk=64)
-    engine = Engine(lambda: Loaded(model=model, tokenizer=tokenizer), config)
+    loaded = Loaded(model=model, tokenizer=tokenizer, special_tokens=SpecialTokens.of(tokenizer))
+    engine = Engine(lambda: loaded, config)
     engine.start()
     return engine
 
@@ -42,10 +44,15 @@ def started(tokenizer: Tokenizer, **axes: int) -> Engine:
 def test_tokens_and_scores_are_those_of_one_device(tokenizer: Tokenizer) -> None:
     model = prepare(tokenizer)
     end = tokenizer.end_of_text_id
-    generator = Generator(model, end_of_text_id=end, token_bytes=tokenizer.token_bytes)
+    generator = Generator(
+        model,
+        end_ids=() if end is None else (end,),
+        start_id=end,
+        token_bytes=tokenizer.token_bytes,
+    )
     sampling = SamplingConfig(max_tokens=24, temperature=0.8, top_p=0.9, seed=3)
     expected = [sample.tokens for (sample,) in generator.generate(PROMPTS, sampling)]
-    scores = Scorer(model, end_of_text_id=end).token_logprobs([PROMPTS[1]])[0]
+    scores = Scorer(model, start_id=end).token_logprobs([PROMPTS[1]])[0]
 
     engine = started(tokenizer, model=8)
     heard: queue.Queue[tuple[int, Event]] = queue.Queue()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps import CONTEXT, tokenizer
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.serving.api.answers import Answer, Frame
 from meshlm.serving.api.chat import chat_choices, plan_chat, render
 from meshlm.serving.api.completions import completion_choices, plan_completion
@@ -25,7 +26,12 @@ from meshlm.serving.requests import Event, Finished, Piece, PromptScores, Reques
 
 LIMITS = Limits()
 FRAME = Frame(id="x", created=1, model="m", fingerprint="f", kind="whole", chunk_kind="chunk")
-VOCABULARY = Vocabulary(tokenizer=tokenizer(), size=tokenizer().vocab_size, context_length=CONTEXT)
+VOCABULARY = Vocabulary(
+    tokenizer=tokenizer(),
+    special_tokens=SpecialTokens.of(tokenizer()),
+    size=tokenizer().vocab_size,
+    context_length=CONTEXT,
+)
 
 
 def plan_of(**fields: Any) -> Plan:

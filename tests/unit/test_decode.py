@@ -58,7 +58,9 @@ def token_bytes(token: int) -> bytes:
 
 
 def make_generator(model: DecodeModel, end: int = END) -> Generator:
-    return Generator(model, end_of_text_id=end, token_bytes=token_bytes)
+    return Generator(
+        model, end_ids=() if end is None else (end,), start_id=end, token_bytes=token_bytes
+    )
 
 
 def greedy(max_tokens: int = 20, **options: object) -> SamplingConfig:
@@ -118,7 +120,7 @@ def test_cached_logits_equal_the_full_forward_at_every_position(
         progress = decode.RowProgress(
             positions=np.array([len(tokens) for tokens in sequences], np.int32),
             remaining=np.full(2, 9, np.int32),
-            end_tokens=np.full(2, -1, np.int32),
+            end_tokens=np.full((2, 1), -1, np.int32),
         )
         state, steps = decode.decode(
             model.params,
@@ -249,7 +251,7 @@ def test_a_generator_may_decode_more_or_fewer_rows_together(
         run_group(self, rows, *rest)
 
     monkeypatch.setattr(Generator, "_run_group", count)
-    few = Generator(model, end_of_text_id=None, token_bytes=token_bytes, max_rows=2)
+    few = Generator(model, end_ids=(), start_id=None, token_bytes=token_bytes, max_rows=2)
     few.generate([SHORT, [4], [5]], SamplingConfig(max_tokens=2))
     assert groups == [2, 1]
 
@@ -413,7 +415,7 @@ def test_a_prefill_is_bounded_and_shared_within_a_bucket_only() -> None:
 
 @pytest.fixture(scope="module")
 def scorer(model: DecodeModel) -> Scorer:
-    return Scorer(model, end_of_text_id=END)
+    return Scorer(model, start_id=END)
 
 
 def test_scores_are_those_of_the_forward_pass(params: Params, scorer: Scorer) -> None:
@@ -457,5 +459,5 @@ def test_a_context_that_is_no_power_of_two(params: Params) -> None:
     model = DecodeModel.prepare(params, config, F32, allowed_vocab=ALLOWED)
     result = make_generator(model).generate([[1] * 90], greedy(64))[0][0]
     assert len(result.tokens) == 10
-    scores = Scorer(model, end_of_text_id=END).token_logprobs([[1] * 90 + result.tokens])[0]
+    scores = Scorer(model, start_id=END).token_logprobs([[1] * 90 + result.tokens])[0]
     np.testing.assert_allclose(scores.log_probs[89:], result.logprobs, atol=1e-4)

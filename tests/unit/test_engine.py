@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, train_bpe
 from meshlm.generation import DecodeModel, Generator, SamplingConfig, Scorer
 from meshlm.serving.config import EngineConfig
@@ -92,7 +93,8 @@ def make_model(tokenizer: Tokenizer, nan_token: int | None = None) -> DecodeMode
 
 
 def started(model: DecodeModel, tokenizer: Tokenizer, config: EngineConfig = SIZES) -> Engine:
-    engine = Engine(lambda: Loaded(model=model, tokenizer=tokenizer), config)
+    loaded = Loaded(model=model, tokenizer=tokenizer, special_tokens=SpecialTokens.of(tokenizer))
+    engine = Engine(lambda: loaded, config)
     engine.start()
     wait_until(lambda: engine.state != "loading")
     assert engine.state == "ready", engine.error
@@ -125,7 +127,10 @@ def expect(
     model: DecodeModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], **options
 ) -> list[list[list[int]]]:
     generator = Generator(
-        model, end_of_text_id=tokenizer.end_of_text_id, token_bytes=tokenizer.token_bytes
+        model,
+        end_ids=(tokenizer.end_of_text_id,),
+        start_id=tokenizer.end_of_text_id,
+        token_bytes=tokenizer.token_bytes,
     )
     done = generator.generate(prompts, SamplingConfig(**options))
     return [[sample.tokens for sample in samples] for samples in done]
@@ -196,7 +201,7 @@ def test_scores_the_prompt_as_the_scorer_does(engine, model, tokenizer, length: 
     client = Client(engine, request).finish()
     first = client.events[0][0]
     assert isinstance(first, PromptScores)
-    expected = Scorer(model, end_of_text_id=tokenizer.end_of_text_id).token_logprobs([tokens])[0]
+    expected = Scorer(model, start_id=tokenizer.end_of_text_id).token_logprobs([tokens])[0]
     assert [score.token for score in first.scores] == list(tokens[1:])
     found = [score.log_prob for score in first.scores]
     np.testing.assert_allclose(found, expected.log_probs, atol=2e-5)
@@ -228,7 +233,7 @@ def test_penalties_and_biases_are_those_of_their_definition(engine, model, token
         ignore_end_of_text=True,
     )
     got = Client(engine, request).finish().tokens()
-    scorer = Scorer(model, end_of_text_id=tokenizer.end_of_text_id)
+    scorer = Scorer(model, start_id=tokenizer.end_of_text_id)
     expected: list[int] = []
     for _ in got:
         logits = scorer.logits(np.array([[*tokens, *expected]]))[0, -1].astype(np.float64)

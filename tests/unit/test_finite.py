@@ -30,6 +30,7 @@ from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.core.sharding import MeshConfig
 from meshlm.core.tree import to_named
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import train_bpe
 from meshlm.model.config import ModelConfig
 from meshlm.step import abstract_state
@@ -60,7 +61,7 @@ def make_tensors(dtype=np.float32, scale: float = 0.1) -> dict[str, np.ndarray]:
 def write(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
     folder.mkdir()
     tokenizer = train_bpe(["ab ba"], 260)
-    config = make_config(MODEL, "float32", tokenizer.end_of_text_id)
+    config = make_config(MODEL, "float32", SpecialTokens.of(tokenizer))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes(tokenizer.to_json())
     (folder / "model.safetensors").write_bytes(to_bytes(tensors, {"format": "pt"}))

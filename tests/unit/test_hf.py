@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from meshlm.conversion import pickled
 from meshlm.conversion.hf import HfSource, is_hf, open_hf
-from meshlm.conversion.hf_config import end_of_text_of, make_config, read_config
+from meshlm.conversion.hf_config import read_config
 from meshlm.conversion.hf_target import HfTarget
 from meshlm.conversion.safetensors import to_bytes
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe
+from meshlm.data.tokenizer_folder import ReadTokenizer
 from meshlm.model.config import PRESETS, ModelConfig
 
 # As the published folder has it, but for the sizes.
@@ -287,7 +289,7 @@ def test_shapes(tmp_path):
         ({"scale_attn_weights": 1}, "scale_attn_weights is 1"),
         ({"rotary": False}, "rotary is false"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map is"),
-        ({"alibi": True}, '"alibi" is not a key that MeshLM knows: delete it'),
+        ({"alibi": True}, '"alibi" is a key that MeshLM does not know: delete it'),
         ({"hidden_size": 13}, "hidden_size and n_embd differ"),
         ({"head_dim": 8}, "head_dim is not"),
         ({"n_head": 5}, "n_head is 5, which does not divide"),
@@ -393,7 +395,8 @@ def test_whose_tokenizer(tmp_path):
     assert open_hf(tmp_path).tokenizer is None
     write(tmp_path, tensors, vocab_size=50400, **big, tokenizer_class="GPTNeoXTokenizer")
     assert open_hf(tmp_path).tokenizer is None
-    assert open_hf(tmp_path, tokenizer).tokenizer is tokenizer
+    given_one = ReadTokenizer(tokenizer, SpecialTokens.of(tokenizer))
+    assert open_hf(tmp_path, given_one).tokenizer is tokenizer
 
 
 def test_the_published_tokenizer(tmp_path):
@@ -419,8 +422,6 @@ def test_the_published_tokenizer(tmp_path):
     assert "50400 tokens" in refusal(tmp_path)
     (tmp_path / "merges.txt").write_text("a\n")
     assert "merges.txt" in refusal(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    assert "adds a space" in refusal(tmp_path)
 
 
 def make_target(folder: Path, source: HfSource, model: ModelConfig, **changes) -> HfTarget:
@@ -465,10 +466,3 @@ def test_shapes_that_transformers_has_not(tmp_path, changes):
     with pytest.raises(UsageError, match="--to meshlm"):
         make_target(tmp_path / "out", source, model)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_end_of_text():
-    assert end_of_text_of(50400, None) == 50256
-    assert end_of_text_of(21, None) is None
-    assert end_of_text_of(50400, 7) == 7
-    assert make_config(MODEL, "float32", None)["eos_token_id"] is None

@@ -135,7 +135,7 @@ def test_decoding_with_them_is_decoding_without(
     # The vocabulary's bound is part of what is compiled: nothing is taken from the other.
     for allowed in (config.vocab_size, config.vocab_size - 1):
         model = DecodeModel.prepare(params, config, compute, allowed_vocab=allowed)
-        generator = Generator(model, end_of_text_id=None, token_bytes=lambda _: b"")
+        generator = Generator(model, end_ids=(), start_id=None, token_bytes=lambda _: b"")
         options = SamplingConfig(max_tokens=12, temperature=0.0)
         samples.append(generator.generate([[1, 2, 3], [4] * 9], options))
         monkeypatch.setattr(streamed, "is_faster", lambda num_rows: False)

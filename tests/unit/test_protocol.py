@@ -16,6 +16,7 @@ from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from apps import CONTEXT, tokenizer
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.serving.api.bodies import MAX_DEPTH, parse_object
 from meshlm.serving.api.chat import text_of
 from meshlm.serving.api.prompts import Vocabulary, read_prompts
@@ -168,7 +169,12 @@ def check(data: dict) -> None:
 
 def vocabulary() -> Vocabulary:
     own = tokenizer()
-    return Vocabulary(tokenizer=own, size=own.vocab_size, context_length=CONTEXT)
+    return Vocabulary(
+        tokenizer=own,
+        special_tokens=SpecialTokens.of(own),
+        size=own.vocab_size,
+        context_length=CONTEXT,
+    )
 
 
 @settings(max_examples=40)

@@ -203,7 +203,7 @@ def models() -> tuple[DecodeModel, DecodeModel]:
 
 def test_logits_in_int8_are_near_those_of_float32():
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 20))
-    own, in_int8 = (Scorer(model, end_of_text_id=0).logits(tokens) for model in models())
+    own, in_int8 = (Scorer(model, start_id=0).logits(tokens) for model in models())
     # Random weights average nothing out; a trained model's logits are nearer (docs).
     assert 1e-4 < relative_l2(in_int8, own) < 0.05
 
@@ -220,7 +220,7 @@ def test_logits_are_those_of_the_weights_that_int8_stands_for():
     found, wanted = (
         Scorer(
             DecodeModel.prepare(weights, CONFIG, F32, allowed_vocab=CONFIG.vocab_size),
-            end_of_text_id=0,
+            start_id=0,
         ).logits(tokens)
         for weights in (params, rounded)
     )

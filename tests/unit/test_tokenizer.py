@@ -19,9 +19,10 @@ from meshlm.data.tokenizer import (
     Tokenizer,
     from_json,
     load_gpt2,
-    load_tokenizer,
     train_bpe,
 )
+from meshlm.data.tokenizer_folder import read_tokenizer
+from meshlm.data.tokenizer_json import AddedToken, ByteLevelBPE
 
 TEXTS = ["def is_even(i):\n    return i % 2 == 0\n" * 9, "the cat sat on the mat; the end. " * 9]
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=200)
@@ -65,7 +66,7 @@ def test_gpt2_known_ids(gpt2):
     assert gpt2.encode("hello world") == [31373, 995]
     assert gpt2.encode("Hello, my dog is cute") == [15496, 11, 616, 3290, 318, 13779]
     assert gpt2.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
-    assert gpt2.encode("a<|endoftext|>b", allow_special=True) == [64, 50256, 65]
+    assert gpt2.encode("a<|endoftext|>b", special_tokens="parse") == [64, 50256, 65]
     assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text_id) == ("gpt2", 50257, 50256)
 
 
@@ -76,7 +77,7 @@ def test_gpt2_equals_tiktoken(gpt2, tiktoken_gpt2, text):
     assert tokens == tiktoken_gpt2.encode_ordinary(text)
     assert gpt2.decode(tokens) == text
     special = tiktoken_gpt2.encode(text, allowed_special="all")
-    assert gpt2.encode(text, allow_special=True) == special
+    assert gpt2.encode(text, "parse") == special
 
 
 def test_gpt2_equals_tiktoken_on_every_character(gpt2, tiktoken_gpt2):
@@ -134,7 +135,7 @@ def test_trained_layout(trained):
     assert trained.name == "bpe-280"
     assert trained.token_bytes(279) == b"<|endoftext|>"
     assert [trained.token_bytes(i) for i in (0, 255)] == [b"!", b"\xad"]
-    assert trained.encode("<|endoftext|>", allow_special=True) == [279]
+    assert trained.encode("<|endoftext|>", special_tokens="parse") == [279]
 
 
 def test_training_does_not_depend_on_the_order_of_texts(trained):
@@ -176,7 +177,7 @@ def test_json_round_trip(gpt2, trained, tmp_path):
     for tokenizer in (gpt2, trained):
         (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_json())
         for path in (tmp_path, tmp_path / "tokenizer.json"):
-            again = load_tokenizer(path)
+            again = read_tokenizer(path).tokenizer
             assert again.to_json() == tokenizer.to_json()
             assert (again.name, again.fingerprint) == (tokenizer.name, tokenizer.fingerprint)
 
@@ -205,7 +206,7 @@ def test_a_tokenizer_with_specials_first_and_another_pattern():
     for text in [*TEXTS, "12 <pad> the cat<|endoftext|>"]:
         assert ours.encode(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
-    assert ours.encode("a<pad>", allow_special=True)[-1] == 1
+    assert ours.encode("a<pad>", special_tokens="parse")[-1] == 1
 
 
 def test_merges_that_tiktoken_would_misread_go_to_tokenizers():
@@ -213,7 +214,8 @@ def test_merges_that_tiktoken_would_misread_go_to_tokenizers():
     merges = [("a", "b"), ("b", "c"), ("a", "bc")]
     vocabulary = {c: i for i, c in enumerate([*bpe.CHARACTER_TO_BYTE, "ab", "bc", "abc"])}
     assert not bpe.is_greedy(vocabulary, merges)
-    tokenizer = Tokenizer(vocabulary, merges, {"<|endoftext|>": 259})
+    added = [AddedToken(content="<|endoftext|>", id=259)]
+    tokenizer = Tokenizer(ByteLevelBPE(vocabulary=vocabulary, merges=merges, added=added))
     assert tokenizer.encode("abc") == [256, vocabulary["c"]]
 
 
@@ -231,11 +233,11 @@ def _changed(tokenizer: Tokenizer, change) -> bytes:
         (lambda d: d.update(pre_tokenizer=None), "does not work on bytes"),
         (lambda d: d.update(decoder=None), "does not work on bytes"),
         (lambda d: d.update(normalizer={"type": "NFC"}), "normaliser"),
-        (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "space"),
         (lambda d: d["model"].update(byte_fallback=True), "byte_fallback"),
         (lambda d: d.update(added_tokens=[]), "no special token"),
         (lambda d: d["model"]["vocab"].pop("!"), "1 of the 256 bytes"),
         (lambda d: d["model"]["vocab"].update({"th": 10_000}), "ids are not 0"),
+        (lambda d: d.update(post_processor={"type": "RobertaProcessing"}), "post_processor"),
         (lambda d: d["model"]["vocab"].update({"漢": 300}), "byte alphabet"),
         (lambda d: d["model"]["merges"].append("Q Q"), "merge"),
         (lambda d: d.pop("model"), "missing"),
@@ -255,9 +257,9 @@ def test_what_is_no_tokenizer_is_refused(data):
 
 def test_a_missing_tokenizer_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="nowhere"):
-        load_tokenizer(tmp_path / "nowhere")
+        read_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"tokenizer\.json"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_one_changed_byte_in_the_merges_is_refused(monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ class Config:
     config: str | None = None
     """The original's JSON config, or a preset's name, where none lies beside its weights."""
     tokenizer: str | None = None
-    """gpt2 or a tokenizer.json, in place of the source's own."""
+    """gpt2, a tokenizer.json or its folder, in place of the source's own."""
     allow_pickle: bool = False
     """Read a pytorch_model.bin, which is a program, with torch in a process of its own."""
     force: bool = False

@@ -13,6 +13,7 @@ from meshlm.conversion.opening import open_source
 from meshlm.core.compile_cache import use_compile_cache
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
+from meshlm.data.tokenizer_json import SpecialTokenMode
 from meshlm.generation.profiles import Dtype, Profile, Quantization
 from meshlm.serving.config import EngineConfig, Limits
 from meshlm.serving.http.fingerprint import fingerprint
@@ -68,7 +69,10 @@ class Config:
     config: str | None = None
     """The original's JSON config or a preset, where none lies beside its weights."""
     tokenizer: str | None = None
-    """gpt2 or a tokenizer.json, where none lies beside the weights."""
+    """gpt2, a tokenizer.json or its folder, in place of what lies beside the weights."""
+    special_tokens: SpecialTokenMode | None = None
+    """Whether <|endoftext|> and other special tokens in prompts become tokens (parse) or stay text.
+    [parse for a Hugging Face folder or a tokenizer from a file, else text]"""
     allow_pickle: bool = False
     """Read a pytorch_model.bin, as weights alone, by torch in a process of its own."""
     verify: bool = False
@@ -100,6 +104,7 @@ def run(config: Config) -> int:
         tokenizer=config.tokenizer,
         allow_pickle=config.allow_pickle,
         verify=config.verify,
+        special_tokens=config.special_tokens,
     )
     if source.tokenizer is None:
         raise UsageError(f"{config.path} has no tokenizer: give --tokenizer gpt2 or a file")

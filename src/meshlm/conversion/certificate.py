@@ -12,11 +12,12 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from meshlm.conversion.tensors import Part, Source, TensorInfo, cast
-from meshlm.core.config import to_json
+from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import MeshLMError
 from meshlm.model.config import ModelConfig
 
@@ -79,6 +80,8 @@ class Certificate:
     """Native tensors of the destination that are the source's (after the cast), bit for bit."""
     other_tensors: Mapping[str, str]
     """Why each of the rest is not."""
+    metadata: Mapping[str, Any]
+    """Of special tokens and tokenizer: what both sides declare alike."""
     tokens: Sequence[int]
     largest_logit: float
     distances: Mapping[str, Distance]
@@ -106,6 +109,37 @@ class Certificate:
         for pair, distance in self.distances.items():
             lines.append(f"{pair}: logits within {distance.relative:.1e} of the largest")
         return lines
+
+
+def compare_metadata(source: Source, destination: Source) -> dict[str, Any]:
+    """Returns what both sides declare of special tokens and tokenizer, as JSON values.
+
+    Extra tokens at the end of the vocabulary count for nothing: a Hugging Face folder has them for
+    the padding rows. Nor does there what a spelling becomes, which that format does not say.
+
+    Raises:
+        MeshLMError: the two differ.
+    """
+    wanted, found = _metadata(source), _metadata(destination)
+    if destination.kind == "hf":
+        del wanted["mode"]
+    if source.tokenizer is None:
+        del wanted["tokenizer"]
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise MeshLMError(
+                f"the conversion changed {name}: {found[name]} was written, and the source has "
+                f"{value}; nothing was kept"
+            )
+    return wanted
+
+
+def _metadata(source: Source) -> dict[str, Any]:
+    tokenizer = source.tokenizer
+    plain = None if tokenizer is None else tokenizer.without_extra_tokens().fingerprint
+    declared = to_dict(source.special_tokens)
+    declared["eos_token_ids"] = list(source.special_tokens.eos_token_ids)
+    return {**declared, "tokenizer": plain}
 
 
 def probe_tokens(model: ModelConfig) -> list[int]:

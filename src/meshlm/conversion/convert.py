@@ -79,7 +79,7 @@ def convert(
         conversion.write(target)
         # Not what lies above the folder: another config there is none of this one's.
         written = open_mtj(folder, target.model) if to == "mtj" else open_source(folder)
-        result = conversion.check(written, [*plan.notes, *target.notes])
+        result = conversion.check(written, [*source.left_out, *plan.notes, *target.notes])
         content = result.to_json()
         if to == "meshlm":
             add_file(folder, CERTIFICATE_FILE, content)
@@ -181,6 +181,7 @@ class _Conversion:
         own = StreamedForward(written.model, self._tokens)
         raw, found = self._read_back(written, again, own)
         others = self._others(written, found)
+        metadata = certificates.compare_metadata(self._source, written)
         distances = certificates.measure(
             (reference.logits, again.logits), own.logits, is_lossy=self._plan.is_lossy
         )
@@ -193,6 +194,7 @@ class _Conversion:
             is_lossy=self._plan.is_lossy,
             same_tensors=sum(self._given.get(key) == sha for key, sha in found.items()),
             other_tensors=others,
+            metadata=metadata,
             tokens=self._tokens,
             largest_logit=float(np.abs(reference.logits).max()),
             distances=distances,
@@ -290,6 +292,7 @@ def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Targ
         "infos": plan.infos,
         "groups": plan.groups,
         "tokenizer": source.tokenizer,
+        "special_tokens": source.special_tokens,
         "step": source.step,
         "counts": source.counts,
         "sidecar": source.sidecar,
@@ -297,7 +300,7 @@ def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Targ
     if plan.to == "mtj":
         return MtjTarget(folder, shards=shards, **common)
     if plan.to == "hf":
-        return HfTarget(folder, token_ids=source.token_ids, **common)
+        return HfTarget(folder, **common)
     casts = any(plan.infos[name] != info for name, info in source.infos.items())
     if casts and source.sidecar is not None:
         common["sidecar"] = None

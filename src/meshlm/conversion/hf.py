@@ -1,5 +1,6 @@
 """A Hugging Face folder of GPT-J's weights, opened and checked against its own config."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,16 @@ import numpy as np
 
 from meshlm.conversion import hf_names, pickled
 from meshlm.conversion.finite import Place
-from meshlm.conversion.hf_config import CONFIG_FILE, read_config, read_json
+from meshlm.conversion.hf_config import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    HfConfig,
+    read_config,
+    read_generation_config,
+    read_json,
+)
 from meshlm.conversion.hf_files import find_weights, has_weights
-from meshlm.conversion.hf_tokenizer import find_tokenizer
+from meshlm.conversion.hf_tokenizer import CHAT_TEMPLATE_FILE, tokenizer_of
 from meshlm.conversion.recognition import no_weights
 from meshlm.conversion.safetensors import Tensors, open_tensors
 from meshlm.conversion.tensors import (
@@ -25,7 +33,9 @@ from meshlm.conversion.tensors import (
     part_keys,
 )
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data.special_tokens import SpecialTokens, fits, rowless_note
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.data.tokenizer_folder import TOKENIZER_CONFIG, ReadTokenizer
 from meshlm.model.config import ModelConfig
 
 _log = logging.getLogger(__name__)
@@ -62,7 +72,8 @@ class HfSource(Source):
         model: ModelConfig,
         tokenizer: Tokenizer | None,
         files: Mapping[Path, Tensors],
-        token_ids: Mapping[str, int],
+        special_tokens: SpecialTokens,
+        left_out: Sequence[str] = (),
     ) -> None:
         """Args: files: the tensors of each file, by the name that messages give it.
 
@@ -70,7 +81,7 @@ class HfSource(Source):
             BadInputError: a tensor is unknown, missing, there twice, or of another shape or dtype.
         """
         self.path, self.model, self.tokenizer = path, model, tokenizer
-        self.token_ids = token_ids
+        self.special_tokens, self.left_out = special_tokens, left_out
         self.counts: Mapping[str, int] = {}
         self._homes = _find_homes(path, model, files)
         shapes = {n: s for key in part_keys(model) for n, s in native_shapes(model, key).items()}
@@ -135,9 +146,11 @@ def is_hf(path: Path) -> bool:
 
 
 def open_hf(
-    path: Path, tokenizer: Tokenizer | None = None, *, allow_pickle: bool = False
+    path: Path, tokenizer: ReadTokenizer | None = None, *, allow_pickle: bool = False
 ) -> Source:
     """Returns the weights of a Hugging Face folder.
+
+    The tokenizer may have tokens that have no row in the model: they cannot be used.
 
     Args:
         tokenizer: takes the place of the folder's own.
@@ -148,14 +161,8 @@ def open_hf(
         BadInputError: they are not those of a GPT-J, or damaged.
     """
     config = read_config(path / CONFIG_FILE)
-    vocab_size = config.model.vocab_size
-    if tokenizer is None:
-        tokenizer = find_tokenizer(path, config)
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise BadInputError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, and the model has rows for "
-            f"{vocab_size} only (vocab_size in {CONFIG_FILE})"
-        )
+    found_tokenizer = tokenizer or tokenizer_of(path, config)
+    special_tokens, left_out = _declared(path, config, found_tokenizer)
     found = find_weights(path)
     if found is None:
         raise no_weights(path)
@@ -170,7 +177,39 @@ def open_hf(
             "the model's safetensors files, or trust it with --allow-pickle"
         )
     found.check(files)
-    return HfSource(path, config.model, tokenizer, files, config.token_ids)
+    own = None if found_tokenizer is None else found_tokenizer.tokenizer
+    return HfSource(path, config.model, own, files, special_tokens, left_out)
+
+
+def _declared(
+    path: Path, config: HfConfig, tokenizer: ReadTokenizer | None
+) -> tuple[SpecialTokens, list[str]]:
+    """Returns the special tokens of the folder's files, and lines on what cannot be carried."""
+    special_tokens, settings = read_generation_config(path, config.special_tokens)
+    left_out = []
+    if tokenizer is None:
+        special_tokens = dataclasses.replace(special_tokens, mode="parse")
+    else:
+        own, rows = tokenizer.tokenizer, config.model.vocab_size
+        if not fits(own, rows):
+            raise BadInputError(
+                f"{path}: the tokenizer has {own.vocab_size} tokens, and the model has rows for "
+                f"{rows} only (vocab_size in {CONFIG_FILE})"
+            )
+        special_tokens = special_tokens.with_tokenizer(tokenizer.special_tokens)
+        left_out += rowless_note(own, rows)
+    if settings:
+        left_out.append(
+            f"{GENERATION_CONFIG_FILE}: {', '.join(settings)} are left out: give such settings "
+            "with each request"
+        )
+    if (path / CHAT_TEMPLATE_FILE).exists() or "chat_template" in _tokenizer_config(path):
+        left_out.append("the chat template is left out: MeshLM's chats have one of their own")
+    return special_tokens, left_out
+
+
+def _tokenizer_config(path: Path) -> Mapping[str, object]:
+    return read_json(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else {}
 
 
 def _find_homes(path: Path, model: ModelConfig, files: Mapping[Path, Tensors]) -> dict[str, _Home]:

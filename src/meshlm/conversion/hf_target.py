@@ -1,17 +1,21 @@
 """A Hugging Face folder being written, which transformers loads as it is."""
 
 import math
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion.hf_config import CONFIG_FILE, make_config
+from meshlm.conversion.hf_config import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    id_settings,
+    make_config,
+)
 from meshlm.conversion.hf_files import INDEX_SUFFIX, WEIGHTS_FILE
 from meshlm.conversion.hf_names import hf_name, hf_shapes
-from meshlm.conversion.hf_tokenizer import end_of_text_id, write_json, write_tokenizer
+from meshlm.conversion.hf_tokenizer import write_json, write_tokenizer
 from meshlm.conversion.safetensors import TensorWriter
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.tensors import (
@@ -24,6 +28,7 @@ from meshlm.conversion.tensors import (
     cast,
     part_keys,
 )
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
 
@@ -49,11 +54,11 @@ class HfTarget(Target):
         step: int | None,
         counts: Mapping[str, int],
         sidecar: Sidecar | None,
-        token_ids: Mapping[str, int] = types.MappingProxyType({}),
+        special_tokens: SpecialTokens | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """Args: infos: a tensor is cast to the dtype that it has here, once. token_ids: those of
-        config.json for the beginning and the end of a text; else the tokenizer's end is both.
+        """Args: infos: a tensor is cast to the dtype that it has here, once. special_tokens: None
+        for those of the tokenizer.
 
         The format has no place for the embedding bias, which is added to the embedding; nor for
         the optimizer's state, the step and the sidecar, which are left out.
@@ -62,11 +67,8 @@ class HfTarget(Target):
             UsageError: transformers' GPT-J cannot have this shape.
         """
         self._folder, self._tokenizer = folder, tokenizer
-        self._end = end_of_text_id(tokenizer, model)
-        self._token_ids = {
-            name: token_ids.get(name, self._end) for name in ("bos_token_id", "eos_token_id")
-        }
-        make_config(model, "float32", self._end)  # raises before anything is written
+        self._special_tokens = special_tokens or SpecialTokens.of(tokenizer)
+        make_config(model, "float32")  # raises before anything is written
         self.notes = []
         self.group_order: Sequence[Group] = ("params",)
         self.model = replace(model, embedding_bias=False)
@@ -112,11 +114,12 @@ class HfTarget(Target):
             write_json(self._folder / (WEIGHTS_FILE + INDEX_SUFFIX), index)
         # transformers loads in this dtype unless told otherwise: it must hold every number.
         dtype = self._common if self._common_is_exact else _FLOAT32
-        config = make_config(self.model, dtype.name, self._end) | self._token_ids
+        special_tokens = self._special_tokens
+        config = make_config(self.model, dtype.name, special_tokens)
         write_json(self._folder / CONFIG_FILE, config)
-        write_json(self._folder / "generation_config.json", self._token_ids)
+        write_json(self._folder / GENERATION_CONFIG_FILE, id_settings(special_tokens))
         if self._tokenizer is not None:
-            self.notes += write_tokenizer(self._folder, self._tokenizer, self.model)
+            self.notes += write_tokenizer(self._folder, self._tokenizer, special_tokens, self.model)
 
     def _say(
         self,

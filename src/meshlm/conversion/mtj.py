@@ -14,6 +14,7 @@ from meshlm.conversion.finite import Place
 from meshlm.conversion.mtj_archive import Archive, ArchiveStore
 from meshlm.conversion.mtj_layout import STEP, Layout, Slot
 from meshlm.conversion.mtj_store import FolderStore, Reader, Store, check_headers
+from meshlm.conversion.mtj_tokens import KeptTokens, implied_tokenizer, read_kept_tokens
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.tensors import (
     Group,
@@ -25,8 +26,9 @@ from meshlm.conversion.tensors import (
     part_keys,
 )
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.data.tokenizer import Tokenizer, load_gpt2
-from meshlm.model.config import GPT2_VOCAB_SIZE, ModelConfig
+from meshlm.data.special_tokens import SpecialTokens
+from meshlm.data.tokenizer import Tokenizer
+from meshlm.model.config import ModelConfig
 
 
 def is_mtj(path: Path) -> bool:
@@ -58,8 +60,10 @@ def open_mtj(
     """
     if not path.exists():
         raise UsageError(f"{path}: there is nothing at this path")
+    kept = None
     if path.is_dir():
         step_folder = mtj_finding.find_step(path)
+        kept = read_kept_tokens(step_folder.parent)
         files = mtj_finding.config_files(step_folder, path)
         store: Store = FolderStore(step_folder)
     else:
@@ -71,11 +75,13 @@ def open_mtj(
         model, where = found.model, found.path
     else:
         model, where = config, "the config given"
-    return _make_source(path, store, model, where, tokenizer)
+    if tokenizer is not None or kept is None:
+        kept = KeptTokens(tokenizer, None)
+    return _make_source(path, store, model, where, kept)
 
 
 def _make_source(
-    path: Path, store: Store, model: ModelConfig, where: str, tokenizer: Tokenizer | None
+    path: Path, store: Store, model: ModelConfig, where: str, kept: KeptTokens
 ) -> Source:
     model = dataclasses.replace(model, embedding_bias=True)
     try:
@@ -89,7 +95,7 @@ def _make_source(
         check_headers(store, layout, model)
     except (BadInputError, UsageError) as error:
         raise BadInputError(f"{path} does not fit {where}: {error}") from None
-    return MtjSource(path, store, layout, model, tokenizer)
+    return MtjSource(path, store, layout, model, kept)
 
 
 class MtjSource(Source):
@@ -103,12 +109,11 @@ class MtjSource(Source):
         store: Store,
         layout: Layout,
         model: ModelConfig,
-        tokenizer: Tokenizer | None,
+        kept: KeptTokens,
     ) -> None:
         self.path, self.model = path, model
-        if tokenizer is None and model.vocab_size >= GPT2_VOCAB_SIZE:
-            tokenizer = load_gpt2()
-        self.tokenizer = tokenizer
+        self.tokenizer = kept.tokenizer or implied_tokenizer(model)
+        self.special_tokens = kept.special_tokens or SpecialTokens.of(self.tokenizer)
         self._store, self._layout = store, layout
         self._slots: dict[tuple[Group, PartKey], dict[str, Slot]] = {}
         for slot in layout.slots:

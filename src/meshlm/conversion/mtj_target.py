@@ -11,11 +11,13 @@ from meshlm.conversion.mtj import summed
 from meshlm.conversion.mtj_config import config_of_model
 from meshlm.conversion.mtj_finding import META_NAME
 from meshlm.conversion.mtj_layout import STEP, Slot
+from meshlm.conversion.mtj_tokens import write_kept_tokens
 from meshlm.conversion.npz_writer import NpzWriter
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.tensors import Group, Part, PartKey, Target, TensorInfo
 from meshlm.core import files
 from meshlm.core.config import to_json
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
 
@@ -39,10 +41,12 @@ class MtjTarget(Target):
         counts: Mapping[str, int],
         sidecar: Sidecar | None,
         shards: int,
+        special_tokens: SpecialTokens | None = None,
     ) -> None:
         """Args: infos: tensors of "params" as they will be given. shards: folders to write.
 
-        The original's format has no tokenizer: its code has GPT-2's.
+        The original's format has no tokenizer: its code has GPT-2's. Another one, and special
+        tokens (None: those of the tokenizer), lie beside the checkpoint.
 
         Raises:
             UsageError: the model has a shape that the original's code cannot have, or heads or
@@ -51,6 +55,7 @@ class MtjTarget(Target):
         mtj_layout.check_model(model, "choose --to meshlm or hf")
         mtj_layout.check_shards(model, shards)
         self.model = dataclasses.replace(model, embedding_bias=True)
+        self._tokens = (tokenizer, special_tokens or SpecialTokens.of(tokenizer))
         self.notes: list[str] = []
         self._layout = mtj_layout.make_layout(model.num_layers, full=len(groups) > 1)
         self.group_order = self._layout.groups
@@ -84,6 +89,7 @@ class MtjTarget(Target):
         files.write_new(self._folder / META_NAME, to_json(meta))
         config = config_of_model(self.model, self._shards)
         files.write_new(self._folder / "config.json", to_json(config))
+        self.notes += write_kept_tokens(self._folder, *self._tokens, self.model)
         if self._changed:
             first, others = self._changed[0], len(self._changed) - 1
             more = f" and {others} other tensors have" if others else " has"

@@ -29,6 +29,7 @@ from meshlm.conversion.tensors import (
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.tree import to_named
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import from_json
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
@@ -36,6 +37,7 @@ from meshlm.model.params import describe
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+SPECIAL_TOKENS_KEY = "special_tokens"
 
 # Where a checkpoint has each group: the names of a TrainState.
 PREFIXES: dict[Group, str] = {
@@ -123,6 +125,20 @@ def read_model(files: Mapping[str, bytes], where: str) -> ModelConfig:
         raise BadInputError(f"{where}/{CONFIG_FILE}: {error}") from None
 
 
+def read_special_tokens(files: Mapping[str, bytes], where: str) -> SpecialTokens | None:
+    """Returns the special tokens that a checkpoint's config.json declares; None where it has none.
+
+    Raises:
+        BadInputError: they are damaged.
+    """
+    content = read_config(files, where)
+    record = content.get("run", content)
+    declared = record.get(SPECIAL_TOKENS_KEY) if isinstance(record, dict) else None
+    if declared is None:
+        return None
+    return from_dict(SpecialTokens, declared, f"{where}/{CONFIG_FILE}: {SPECIAL_TOKENS_KEY}")
+
+
 def read_config(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     """Returns the object in a checkpoint's config.json.
 
@@ -150,8 +166,11 @@ class NativeSource(Source):
         self.path = path
         self.model = read_model(files, str(path))
         self.tokenizer = self.sidecar = None
+        declared = read_special_tokens(files, str(path))
         if TOKENIZER_FILE in files:
-            self.tokenizer = from_json(files[TOKENIZER_FILE])
+            eos_token = None if declared is None else declared.eos_token
+            self.tokenizer = from_json(files[TOKENIZER_FILE], eos_token)
+        self.special_tokens = declared or SpecialTokens.of(self.tokenizer)
         if SIDECAR_FILE in files:
             self.sidecar = Sidecar.from_bytes(files[SIDECAR_FILE], f"{path}/{SIDECAR_FILE}")
         converted = read_config(files, str(path)).get("source")

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from meshlm.checkpoint import ArrayInfo, LayerWriter
-from meshlm.conversion.native import ADAM_COUNT, CONFIG_FILE, PREFIXES, TOKENIZER_FILE
+from meshlm.conversion.native import (
+    ADAM_COUNT,
+    CONFIG_FILE,
+    PREFIXES,
+    SPECIAL_TOKENS_KEY,
+    TOKENIZER_FILE,
+)
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
 from meshlm.conversion.tensors import (
     Group,
@@ -21,6 +27,7 @@ from meshlm.conversion.tensors import (
 )
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.tree import to_named
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
@@ -45,11 +52,14 @@ class NativeTarget(Target):
         step: int | None,
         counts: Mapping[str, int],
         sidecar: Sidecar | None,
+        special_tokens: SpecialTokens | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Args:
+        special_tokens: None for those of the tokenizer.
         facts: what config.json is to say of the source, as JSON values.
         """
+        self._special_tokens = special_tokens or SpecialTokens.of(tokenizer)
         self.model, self.notes = model, []
         self._tokenizer, self._step, self._sidecar = tokenizer, step, sidecar
         self.group_order = groups
@@ -86,7 +96,10 @@ class NativeTarget(Target):
     def finish(self) -> None:
         for name, value in self._counters.items():
             self._writer.write(name, np.asarray(value, np.int32))
-        files = {CONFIG_FILE: to_json({"model": to_dict(self.model), "source": self._facts})}
+        config = {"model": to_dict(self.model), "source": self._facts}
+        if self._special_tokens != SpecialTokens.of(self._tokenizer):
+            config[SPECIAL_TOKENS_KEY] = to_dict(self._special_tokens)
+        files = {CONFIG_FILE: to_json(config)}
         if self._tokenizer is not None:
             files[TOKENIZER_FILE] = self._tokenizer.to_json()
         if self._sidecar is not None:

@@ -1,5 +1,6 @@
 """Weights at a path, whatever their format."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from meshlm.conversion.recognition import locate, refuse_pointer, refuse_unusabl
 from meshlm.conversion.tensors import Kind, Source
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.waiting import Waiting
-from meshlm.data.tokenizer import Tokenizer, load_tokenizer
+from meshlm.data.special_tokens import SpecialTokens, fits
+from meshlm.data.tokenizer_folder import ReadTokenizer, read_tokenizer
+from meshlm.data.tokenizer_json import SpecialTokenMode
 from meshlm.model.config import PRESETS, ModelConfig
 
 
@@ -23,6 +26,7 @@ def open_source(
     tokenizer: str | None = None,
     allow_pickle: bool = False,
     verify: bool = False,
+    special_tokens: SpecialTokenMode | None = None,
 ) -> Source:
     """Returns the weights at a path: a run, a checkpoint, a Hugging Face folder, or the original's.
 
@@ -31,10 +35,12 @@ def open_source(
             step's folder of the original's, its parent, or an archive of it.
         config: the model of a checkpoint of the original's: its JSON config, a config.json of
             MeshLM's, or a preset's name. None: what lies beside the weights.
-        tokenizer: "gpt2" or a tokenizer.json, in place of the source's own.
+        tokenizer: "gpt2", a tokenizer.json or its folder, in place of the source's own.
         allow_pickle: a pytorch_model.bin may be read, with torch in a process of its own.
         verify: read every byte and hold it against the certificate, or the checksums of the
             download, beside it.
+        special_tokens: whether their spelling in a text becomes the token, in place of what the
+            tokenizer's origin says.
 
     Raises:
         UsageError: there is nothing of the kind at the path, or an option does not fit it; with
@@ -43,6 +49,9 @@ def open_source(
     """
     with Waiting(lambda: f"still opening {path}"):
         source = _open(locate(Path(path)), config, tokenizer, allow_pickle)
+        if special_tokens is not None:
+            declared = dataclasses.replace(source.special_tokens, mode=special_tokens)
+            source.special_tokens = declared
         if verify:
             require_proof(source)
     return source
@@ -55,10 +64,11 @@ def _open(
     for given in (tokenizer, config):
         if given is not None:
             refuse_pointer(given)
-    own = None if tokenizer is None else load_tokenizer(tokenizer)
+    own = None if tokenizer is None else read_tokenizer(tokenizer)
     kind = kind_of(path)
     if kind == "mtj":
-        source = open_mtj(path, None if config is None else read_model_config(config), own)
+        model = None if config is None else read_model_config(config)
+        source = open_mtj(path, model, None if own is None else own.tokenizer)
     elif config is not None:
         raise UsageError(f"--config {config}: only the original's checkpoints need one; leave it")
     elif kind == "meshlm":
@@ -68,7 +78,7 @@ def _open(
     else:
         raise unknown(path, lambda folder: kind_of(folder) is not None)
     if own is not None:
-        source.tokenizer = _fitting(own, source.model, str(tokenizer))
+        _use_tokenizer(source, own, str(tokenizer))
     return source
 
 
@@ -119,10 +129,18 @@ def _read_own(data: bytes, path: Path) -> ModelConfig:
     return read_model({CONFIG_FILE: data}, str(path.parent))
 
 
-def _fitting(tokenizer: Tokenizer, model: ModelConfig, name: str) -> Tokenizer:
-    if tokenizer.vocab_size > model.vocab_size:
+def _use_tokenizer(source: Source, own: ReadTokenizer, name: str) -> None:
+    """Puts a tokenizer in place of the source's; ids that the source's files declare stay."""
+    rows = source.model.vocab_size
+    if not fits(own.tokenizer, rows):
         raise UsageError(
-            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model has "
-            f"{model.vocab_size} rows: choose the one it was trained with"
+            f"--tokenizer {name} has {own.tokenizer.vocab_size} tokens, and the model has {rows} "
+            "rows: choose the one it was trained with"
         )
-    return tokenizer
+    declares = source.kind == "hf" or source.special_tokens != SpecialTokens.of(source.tokenizer)
+    source.tokenizer = own.tokenizer
+    source.special_tokens = (
+        source.special_tokens.with_tokenizer(own.special_tokens)
+        if declares
+        else own.special_tokens.with_ids(own.tokenizer)
+    )

@@ -12,7 +12,6 @@ the caller drops before it reads the next one.
 import abc
 import dataclasses
 import math
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,7 @@ from meshlm.conversion.finite import Place, check_finite, is_finite, row_blocks
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import to_named
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
@@ -95,8 +95,10 @@ class Source(abc.ABC):
     tokenizer: Tokenizer | None
     groups: tuple[Group, ...]
     """("params",), or all three where the optimizer's state is there."""
-    token_ids: Mapping[str, int] = types.MappingProxyType({})
-    """`bos_token_id` and `eos_token_id`, where the format's own configuration names them."""
+    special_tokens: SpecialTokens
+    """As the files declare them; of files that declare nothing, those of the tokenizer."""
+    left_out: Sequence[str] = ()
+    """Lines for a person: what lies beside the weights that no other format has a place for."""
     step: int | None
     """Steps of training behind the weights, where the format says so."""
     counts: Mapping[str, int]

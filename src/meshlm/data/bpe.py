@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Protocol
 
@@ -126,7 +126,11 @@ def cut_point(text: str, start: int, limit: int) -> int | None:
     return match.start() if match else None
 
 
-def segments(text: str) -> Iterator[str]:
+CutPoint = Callable[[str, int, int], int | None]
+"""Gives the first place in [start, limit) where a text may be cut without changing its tokens."""
+
+
+def segments(text: str, cut_point: CutPoint = cut_point) -> Iterator[str]:
     """Parts of `text` that encode, one after another, to the tokens of the whole.
 
     Only a stretch of more than MAX_UNBROKEN_CHARACTERS without such a place is cut as it comes.

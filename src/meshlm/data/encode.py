@@ -17,6 +17,7 @@ from meshlm.data.readers import END_OF_TEXT, Reading
 from meshlm.data.records import Record
 from meshlm.data.store import SPLITS, Counts, SplitCounts, token_dtype
 from meshlm.data.tokenizer import Tokenizer, from_json
+from meshlm.data.tokenizer_json import SpecialTokenMode
 
 _Key = TypeVar("_Key", int, str)
 
@@ -40,6 +41,7 @@ class Encoded:
         left_out: (file, where, reason) of files and members that are not read.
         num_marked: documents in which end-of-text is written out.
         num_boms: documents with a byte-order mark within.
+        num_spelled: special tokens but end-of-text that texts spell and that were encoded as text.
     """
 
     tokens: dict[str, bytes] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Encoded:
     num_empty: int = 0
     num_marked: int = 0
     num_boms: int = 0
+    num_spelled: int = 0
 
 
 def split_of(source: int, document: Record, val_fraction: float) -> str:
@@ -93,7 +96,10 @@ class Encoder:
             if not record.text:
                 encoded.num_empty += 1
                 continue
-            encoded.num_marked += END_OF_TEXT in record.text
+            if self._tokenizer.special_tokens == "text":
+                marks = record.text.count(END_OF_TEXT)
+                encoded.num_marked += marks > 0
+                encoded.num_spelled += self._tokenizer.count_added(record.text) - marks
             encoded.num_boms += "\ufeff" in record.text
             split = split_of(source, record, self._val_fraction)
             tokens = self._tokenizer.encode_array(record.text).astype(self._dtype)
@@ -123,12 +129,16 @@ _encoder: Encoder
 
 
 def _start_worker(
-    parser_arguments: tuple[str, str | None], tokenizer_json: bytes, val_fraction: float
+    parser_arguments: tuple[str, str | None],
+    tokenizer_arguments: tuple[bytes, str, SpecialTokenMode],
+    val_fraction: float,
 ) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(Parser(*parser_arguments), from_json(tokenizer_json), val_fraction)
+    tokenizer_json, end_of_text, mode = tokenizer_arguments
+    tokenizer = from_json(tokenizer_json, end_of_text).with_special_tokens(mode)
+    _encoder = Encoder(Parser(*parser_arguments), tokenizer, val_fraction)
 
 
 def _end_with_parent() -> None:
@@ -161,7 +171,11 @@ def encoders(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=((reading.text_field, reading.split_on), tokenizer.to_json(), val_fraction),
+        initargs=(
+            (reading.text_field, reading.split_on),
+            (tokenizer.to_json(), tokenizer.end_of_text, tokenizer.special_tokens),
+            val_fraction,
+        ),
     )
     try:
         yield lambda records: pool.submit(_encode_in_worker, records)

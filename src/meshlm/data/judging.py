@@ -126,7 +126,13 @@ def _marks(totals: Totals) -> Iterator[str]:
     if totals.num_marked:
         yield (
             f"{END_OF_TEXT} is written out in {totals.num_marked} documents, as part of their "
-            f"text: to end documents there, give --split-on '{END_OF_TEXT}'"
+            f"text: to end documents there, give --split-on '{END_OF_TEXT}'; to make tokens of it, "
+            "--special-tokens parse"
+        )
+    if totals.num_spelled:
+        yield (
+            f"{totals.num_spelled:,} other special tokens of the tokenizer are written out in the "
+            "texts and were encoded as text: --special-tokens parse makes tokens of them"
         )
     if totals.num_boms:
         yield (

@@ -5,6 +5,8 @@ batches; the first process appends the results in order. So the store does not d
 of workers, nor on where the work was interrupted.
 """
 
+import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -51,7 +53,9 @@ from meshlm.data.store import (
     token_dtype,
     tokens_file,
 )
-from meshlm.data.tokenizer import Tokenizer, from_json, load_tokenizer
+from meshlm.data.tokenizer import Tokenizer, from_json
+from meshlm.data.tokenizer_folder import read_tokenizer
+from meshlm.data.tokenizer_json import SpecialTokenMode
 
 _DATA_FILES = tuple(name for s in SPLITS for name in (tokens_file(s), documents_file(s)))
 _FLUSH_EVERY_S = 5.0
@@ -69,6 +73,9 @@ class PrepareConfig:
     """Folder of the token store."""
     tokenizer: str = "gpt2"
     """gpt2, a tokenizer.json or its folder, or train:VOCAB_SIZE to learn one from the input."""
+    special_tokens: SpecialTokenMode | None = None
+    """Whether <|endoftext|> and other special tokens in the texts become tokens (parse) or stay
+    text. [parse for a tokenizer.json or its folder, else text]"""
     text_field: str = "text"
     """Field of JSON, or column of a table, that holds the text; a dot goes one level down."""
     split_on: str | None = None
@@ -115,6 +122,12 @@ class PrepareConfig:
             raise UsageError(f"--workers {self.workers} is not in 1 .. 1024")
 
 
+def _given_tokenizer(config: PrepareConfig) -> Tokenizer:
+    """The tokenizer that is named, with the mode that is asked for or its origin's."""
+    tokenizer, declared = read_tokenizer(config.tokenizer)
+    return tokenizer.with_special_tokens(config.special_tokens or declared.mode)
+
+
 def _is_not_utf8(text: str) -> bool:
     try:
         text.encode()
@@ -129,8 +142,9 @@ def _options(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, st
         "text_field": config.text_field,
         "split_on": config.split_on,
         "format": config.format,
+        "special_tokens": tokenizer.special_tokens if tokenizer else config.special_tokens,
     }
-    defaults = {"text_field": "text", "split_on": None, "format": "auto"}
+    defaults = {"text_field": "text", "split_on": None, "format": "auto", "special_tokens": "text"}
     return {
         "tokenizer": tokenizer.fingerprint if tokenizer else config.tokenizer,
         "val_fraction": config.val_fraction,
@@ -155,7 +169,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Manifest:
     out = Path(config.out)
     inputs = find_inputs(config.paths, exclude=out)
     size = _vocab_size_to_learn(config)
-    given = load_tokenizer(config.tokenizer) if size is None else None
+    given = _given_tokenizer(config) if size is None else None
     plan = Plan(
         options=_options(config, given),
         inputs=[(to_json_name(file.path), file.size_bytes) for file in inputs.files],
@@ -303,10 +317,12 @@ class _Preparation:
         """The manifest of the files in the workspace, which are whole then."""
         path = self._folder / TOKENIZER
         if path.exists():
-            tokenizer = from_json(files.read(path))
+            tokenizer = given or from_json(files.read(path))
         else:
             tokenizer = given or self._learn(vocab_size or 0)
             files.replace(path, tokenizer.to_json())
+        if self._config.special_tokens is not None:
+            tokenizer = tokenizer.with_special_tokens(self._config.special_tokens)
         totals = self._encode(plan, tokenizer)
         for note in self._judge.check_result(totals, self._left_out):
             self._note(note)
@@ -342,6 +358,8 @@ class _Preparation:
         if position != Position():
             self._note(f"going on at input file {position.source + 1} of {len(self._inputs)}")
         appender = Appender(self._folder, totals, token_dtype(tokenizer.vocab_size))
+        cut = functools.partial(tokenizer.cut_point, special_tokens=tokenizer.special_tokens)
+        reading = dataclasses.replace(reading, cut_point=cut)
         batches = read_batches(self._inputs, position, reading)
         title = f"encoding with {tokenizer.name}"
         workers = min(self._config.workers, 1 + self._input_bytes // _BYTES_PER_WORKER)
@@ -393,6 +411,7 @@ class _Preparation:
                 num_empty=encoded.num_empty,
                 num_marked=encoded.num_marked,
                 num_boms=encoded.num_boms,
+                num_spelled=encoded.num_spelled,
                 bad_examples=[
                     f"{self._name(source, where)}: {why}" for _, source, where, why in encoded.bad
                 ],
@@ -435,6 +454,8 @@ class _Preparation:
                 vocab_size=tokenizer.vocab_size,
                 end_of_text_id=tokenizer.end_of_text_id,
                 fingerprint=tokenizer.fingerprint,
+                end_of_text=tokenizer.end_of_text,
+                special_tokens=tokenizer.special_tokens,
             ),
             dtype=token_dtype(tokenizer.vocab_size).name,
             splits={**{s: Counts() for s in SPLITS}, **split_counts(totals.sources)},

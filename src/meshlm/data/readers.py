@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data import kinds
+from meshlm.data.bpe import CutPoint, cut_point
 from meshlm.data.columns import table_records
 from meshlm.data.compression import HEAD_BYTES, NAMES, compression_of, decompress
 from meshlm.data.inputs import InputFile, is_hidden
@@ -42,12 +43,14 @@ class Reading:
             files of text, not fields, at END_OF_TEXT.
         format: what a file is that is no table and no archive.
         allow_truncated: use what is there of a file that stops too early.
+        cut_point: where a long text may be cut into pieces.
     """
 
     text_field: str = "text"
     split_on: str | None = None
     format: kinds.Format = "auto"
     allow_truncated: bool = False
+    cut_point: CutPoint = cut_point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,13 @@ class FileReader:
             split_on = self._reading.split_on
             separator = (END_OF_TEXT if split_on is None else split_on).encode() or None
             yield from text_records(
-                chunks, where, numbers, separator=separator, again=again, is_cut=is_cut
+                chunks,
+                where,
+                numbers,
+                separator=separator,
+                again=again,
+                is_cut=is_cut,
+                cut_point=self._reading.cut_point,
             )
         else:
             for _ in chunks:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from meshlm.data.bpe import MAX_UNBROKEN_CHARACTERS, cut_point
+from meshlm.data.bpe import MAX_UNBROKEN_CHARACTERS, CutPoint, cut_point
 from meshlm.data.streams import CHUNK_BYTES, Chunks, lines, split
 
 MAX_DOCUMENT_BYTES = 32 << 20
@@ -211,6 +211,7 @@ def text_records(
     separator: bytes | None = None,
     again: Again | None = None,
     is_cut: Callable[[], bool] = lambda: False,
+    cut_point: CutPoint = cut_point,
 ) -> Iterator[Record]:
     """The records of a file of text: one document, or one for each part between separators.
 
@@ -221,6 +222,7 @@ def text_records(
         separator: what stands between documents, UTF-8, or None.
         again: gives the same chunks from the start, for documents too long to be held; without it
             they are bad.
+        cut_point: where a document may be cut into pieces.
     """
     documents = split(chunks, separator) if separator else iter([chunks])
     long_documents: dict[int, tuple[int, str] | None] | None = None
@@ -247,7 +249,8 @@ def text_records(
             yield Record(f"{where}:{line + reason[0] - 1}", number, bad=reason[1])
         else:
             rest = _counted(document)
-            yield from _document(itertools.chain(_drain(held), rest), where, number, is_cut)
+            texts = _decoded(itertools.chain(_drain(held), rest), is_cut)
+            yield from _document(_pieces(texts, cut_point), where, number)
             breaks += rest.breaks
         line += breaks + (separator or b"").count(b"\n")
 
@@ -268,11 +271,8 @@ class _counted:  # noqa: N801 - an iterator like those of itertools
         return chunk
 
 
-def _document(
-    chunks: Iterable[bytes], where: str, number: int, is_cut: Callable[[], bool]
-) -> Iterator[Record]:
+def _document(pieces: Iterator[str], where: str, number: int) -> Iterator[Record]:
     key = b""
-    pieces = _pieces(_decoded(chunks, is_cut))
     following = next(pieces, "")
     first = True
     while following or first:
@@ -347,7 +347,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     )
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
+def _pieces(texts: Iterable[str], cut_point: CutPoint) -> Iterator[str]:
     """The text in parts of about PIECE_CHARACTERS, cut where it changes no token."""
     held, size = [], 0
     for text in texts:

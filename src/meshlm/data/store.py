@@ -22,11 +22,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.files import read
 from meshlm.data.inputs import LeftOut
 from meshlm.data.number_file import NumberFile
-from meshlm.data.tokenizer import Tokenizer, load_tokenizer
+from meshlm.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
+from meshlm.data.tokenizer_json import SpecialTokenMode
 
 FORMAT = "meshlm-token-store"
 VERSION = 1
@@ -105,6 +107,9 @@ class TokenizerEntry:
     vocab_size: int
     end_of_text_id: int
     fingerprint: str
+    end_of_text: str = END_OF_TEXT
+    special_tokens: SpecialTokenMode = "text"
+    """What the spelling of a special token in the texts became."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +174,11 @@ class TokenStore:
             if size != entry.num_bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise _damaged(path / name, f"{found}, the manifest says {entry.num_bytes}")
-        tokenizer = load_tokenizer(path / TOKENIZER)
+        try:
+            data = files.read(path / TOKENIZER)
+            tokenizer = from_json(data, manifest.tokenizer.end_of_text)
+        except BadInputError as error:
+            raise BadInputError(f"{path / TOKENIZER}: {error}") from None
         if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
             raise _damaged(path / TOKENIZER, "not the tokenizer that the manifest names")
         return cls(path, manifest, tokenizer)
@@ -196,6 +205,14 @@ class TokenStore:
             where = f"token {int(tokens.max())} between {start} and {stop}"
             raise _damaged(self.path / tokens_file(split), f"{where} is not in the vocabulary")
         return tokens.astype(np.int32)
+
+    def largest_token(self) -> int:
+        """The largest id in it, found by reading all of it; -1 where there is none."""
+        largest, step = -1, 1 << 24
+        for tokens in self._tokens.values():
+            for start in range(0, len(tokens), step):
+                largest = max(largest, int(tokens[start : start + step].max()))
+        return largest
 
     def document_starts(self, split: str) -> NumberFile:
         """Index of the first token of each document of `split`, uint64, read at each access."""

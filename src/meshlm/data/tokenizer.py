@@ -6,18 +6,18 @@ The ids of a trained tokenizer are laid out as GPT-2's: 256 bytes, then the merg
 tool wrote the file it came from.
 """
 
+import copy
+import dataclasses
 import functools
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.data import bpe
 from meshlm.data.bpe import (
     BYTE_TO_CHARACTER,
     CHARACTER_TO_BYTE,
@@ -30,14 +30,21 @@ from meshlm.data.bpe import (
     to_bytes,
     train_merges,
 )
+from meshlm.data.tokenizer_json import (
+    PLAIN_PRE_TOKENIZER,
+    AddedToken,
+    ByteLevelBPE,
+    SpecialTokenMode,
+    parse_tokenizer_json,
+    unusable,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FINGERPRINT = "36636125b8f0af3115a3df0930dfecd8acdc211ce90db64d658da7bcc1f331e8"
 # What fills GPT-J's vocabulary from GPT-2's 50,257 tokens to the 50,400 rows of its matrices.
 _EXTRA_TOKEN = re.compile(r"<\|extratoken_[0-9]+\|>")
-MAX_FILE_BYTES = 256 << 20
-_BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-_PRE_TOKENIZER = _BYTE_LEVEL | {"add_prefix_space": False}
+# Fine-tunes add it behind all others, and no model is trained to write it.
+_PADDING_TOKEN = re.compile(r"\W*pad(ding)?\W*", re.IGNORECASE)
 
 
 class Tokenizer:
@@ -46,93 +53,160 @@ class Tokenizer:
     Attributes:
         name: "gpt2", or "bpe-" and the vocabulary's size.
         vocab_size: ids are 0 .. vocab_size - 1.
-        text_vocab_size: ids from here on are GPT-J's extra tokens, which no text ever becomes.
-        end_of_text_id: id of `<|endoftext|>`, which ends each document.
+        text_vocab_size: ids from here on are GPT-J's extra tokens, which are not generated.
+        added: the added tokens, by id.
+        end_of_text: the token that ends each document.
+        end_of_text_id: its id.
+        is_gpt2: ids and merges are GPT-2's own.
         fingerprint: sha256 of `to_json()`, in hex.
+        special_tokens: what the spelling of an added token becomes, unless a caller says which.
     """
 
     name: str
     vocab_size: int
     text_vocab_size: int
+    added: tuple[AddedToken, ...]
+    end_of_text: str
     end_of_text_id: int
+    is_gpt2: bool
     fingerprint: str
+    special_tokens: SpecialTokenMode = "text"
 
-    def __init__(
-        self,
-        vocabulary: Mapping[str, int],
-        merges: Sequence[Merge],
-        specials: Mapping[str, int],
-        *,
-        pre_tokenizer: Mapping[str, Any] = _PRE_TOKENIZER,
-        ignore_merges: bool = False,
-    ) -> None:
-        """Args: vocabulary: entry in the byte alphabet -> id, without the specials: text -> id."""
-        self._json = _canonical_json(vocabulary, merges, specials, pre_tokenizer, ignore_merges)
-        self._specials = dict(specials)
-        self._special_pattern = re.compile(
-            "(" + "|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)) + ")"
-        )
-        ids = {to_bytes(entry): token for entry, token in vocabulary.items()}
+    def __init__(self, model: ByteLevelBPE, eos_token: str | None = None) -> None:
+        """Args: eos_token: ends each document where there is no `<|endoftext|>`.
+
+        Raises:
+            BadInputError: there is neither.
+        """
+        self._model = model
+        self._json = model.to_json()
+        self.added = tuple(sorted(model.added, key=lambda token: token.id))
+        self._ids = {token.content: token.id for token in self.added}
+        self.end_of_text = END_OF_TEXT if END_OF_TEXT in self._ids else eos_token or END_OF_TEXT
+        if self.end_of_text not in self._ids:
+            raise unusable(
+                f"it has no special token {self.end_of_text}, which has to end each document, and "
+                "no tokenizer_config.json in its folder names another eos_token"
+            )
+        self.end_of_text_id = self._ids[self.end_of_text]
+        contents = sorted(self._ids, key=len, reverse=True)
+        self._added_pattern = re.compile("|".join(map(re.escape, contents)))
+        self._longest_added = len(contents[0])
+        ids = {to_bytes(entry): token for entry, token in model.vocabulary.items()}
         table = {token: data for data, token in ids.items()}
-        table |= {token: text.encode() for text, token in specials.items()}
+        table = {token.id: token.content.encode() for token in self.added} | table
         self._token_bytes = [table[token] for token in range(len(table))]
         self.vocab_size = len(table)
-        extra = [token for text, token in specials.items() if _EXTRA_TOKEN.fullmatch(text)]
-        after = sum(token >= min(extra) for token in specials.values()) if extra else 0
-        # What comes after extra tokens is no text either, if it is all special.
-        is_last = bool(extra) and after == len(table) - min(extra)
-        self.text_vocab_size = min(extra) if is_last else len(table)
-        self.end_of_text_id = self._specials[END_OF_TEXT]
+        self.text_vocab_size = _text_vocab_size(self.added, len(table))
         self.fingerprint = hashlib.sha256(self._json).hexdigest()
-        is_gpt2 = self.fingerprint == GPT2_FINGERPRINT
-        self.name = "gpt2" if is_gpt2 else f"bpe-{self.vocab_size}"
+        self.is_gpt2 = _is_gpt2(model)
+        self.name = "gpt2" if self.is_gpt2 else f"bpe-{self.vocab_size}"
         self._engine: Engine
-        if pre_tokenizer == _PRE_TOKENIZER and (is_gpt2 or is_greedy(vocabulary, merges)):
+        is_plain = model.pre_tokenizer == PLAIN_PRE_TOKENIZER
+        if is_plain and (self.is_gpt2 or is_greedy(model.vocabulary, model.merges)):
             self._engine = TiktokenEngine(ids)
         else:
-            self._engine = HuggingFaceEngine(_without_specials(self._json))
+            self._engine = HuggingFaceEngine(model.to_json(with_added=False).decode())
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name}, {self.fingerprint[:12]})"
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`. `<|endoftext|>` in it is text, unless `allow_special`.
+    def with_special_tokens(self, mode: SpecialTokenMode) -> "Tokenizer":
+        """This tokenizer with another `special_tokens`."""
+        if mode == self.special_tokens:
+            return self
+        other = copy.copy(self)
+        other.special_tokens = mode
+        return other
+
+    def encode(self, text: str, special_tokens: SpecialTokenMode | None = None) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            special_tokens: `parse` matches added tokens, such as `<|endoftext|>`, as `tokenizers`
+                does; to `text` their spelling is text like any other. None: the tokenizer's own.
 
         Raises:
             BadInputError: `text` holds a lone surrogate, which no UTF-8 text can.
         """
-        if not allow_special:
-            return self.encode_array(text).tolist()
-        tokens: list[int] = []
-        for part in self._special_pattern.split(text):
-            special = self._specials.get(part)
-            tokens.extend(self.encode_array(part).tolist() if special is None else [special])
-        return tokens
+        return self.encode_array(text, special_tokens).tolist()
 
     def with_extra_tokens(self, rows: int) -> "Tokenizer":
         """This tokenizer with `<|extratoken_1|>` and on for ids from its size up to `rows`."""
         if rows <= self.vocab_size:
             return self
-        whole = json.loads(self._json)
         first = self.text_vocab_size
-        whole["added_tokens"] += [
-            {"id": token, "content": f"<|extratoken_{token - first + 1}|>"}
+        extra = [
+            AddedToken(content=f"<|extratoken_{token - first + 1}|>", id=token)
             for token in range(self.vocab_size, rows)
         ]
-        return from_json(json.dumps(whole).encode())
+        return self._with_added([*self.added, *extra])
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of `text`, uint32 [n]; specials in it are text. Raises as `encode`."""
+    def without_extra_tokens(self) -> "Tokenizer":
+        """This tokenizer without extra tokens at its end."""
+        kept = list(self.added)
+        while kept[-1].id == self.vocab_size - 1 - (len(self.added) - len(kept)) and (
+            _EXTRA_TOKEN.fullmatch(kept[-1].content)
+        ):
+            kept.pop()
+        return self if len(kept) == len(self.added) else self._with_added(kept)
+
+    def _with_added(self, added: Sequence[AddedToken]) -> "Tokenizer":
+        return Tokenizer(dataclasses.replace(self._model, added=added), self.end_of_text)
+
+    def id_of(self, content: str) -> int | None:
+        """The id of an added token; None where there is none of this spelling."""
+        return self._ids.get(content)
+
+    def encode_array(self, text: str, special_tokens: SpecialTokenMode | None = None) -> np.ndarray:
+        """Token ids of `text`, uint32 [n]. Raises as `encode`."""
+        parses = (special_tokens or self.special_tokens) == "parse" and self._added_pattern.search(
+            text
+        ) is not None
         try:
-            return self._engine.encode(text)
+            if not parses:
+                return self._engine.encode(text)
+            cut = functools.partial(self.cut_point, special_tokens="parse")
+            parts = [self._parsing_engine.encode(part) for part in bpe.segments(text, cut)]
+            return np.concatenate(parts)
         except UnicodeEncodeError as error:
             raise BadInputError(
                 f"the text has a lone surrogate, U+{ord(error.object[error.start]):04X}, at "
                 f"character {error.start}: this is not Unicode text"
             ) from None
 
+    @functools.cached_property
+    def _parsing_engine(self) -> HuggingFaceEngine:
+        return HuggingFaceEngine(self._json.decode())
+
+    def cut_point(
+        self, text: str, start: int, limit: int, special_tokens: SpecialTokenMode = "text"
+    ) -> int | None:
+        """The first place in [start, limit) where `text` may be cut without changing its tokens, or
+        None."""
+        at_space = self._model.add_prefix_space
+        place = bpe.cut_point(text, start, limit)
+        while place is not None:
+            # A part that begins with a space gets no other one.
+            is_good = text[place] == " " or not at_space
+            if is_good and (special_tokens == "text" or self._is_far_from_added(text, place)):
+                return place
+            place = bpe.cut_point(text, place + 1, limit)
+        return None
+
+    def _is_far_from_added(self, text: str, place: int) -> bool:
+        """Whether no added token can reach `place`, not by the white space beside it either."""
+        end = place + 1 + self._longest_added
+        if end > len(text) or text[place - 1].isspace():
+            return False
+        return self._added_pattern.search(text, max(0, place - self._longest_added), end) is None
+
+    def count_added(self, text: str) -> int:
+        """How many added tokens `text` spells."""
+        return sum(1 for _ in self._added_pattern.finditer(text))
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint32, encoded on all cores; specials in them are text."""
+        """Token ids of each text, uint32, encoded on all cores."""
         with ThreadPoolExecutor() as threads:  # both engines leave the GIL while they encode
             return list(threads.map(self.encode_array, texts))
 
@@ -154,6 +228,26 @@ class Tokenizer:
         """Hugging Face's tokenizer.json, in canonical bytes: `from_json` gives the same
         tokenizer."""
         return self._json
+
+
+def _text_vocab_size(added: Sequence[AddedToken], vocab_size: int) -> int:
+    """The first of the extra tokens at the end of the vocabulary, where only padding follows."""
+    size = first_extra = vocab_size
+    for token in reversed(added):
+        is_extra = _EXTRA_TOKEN.fullmatch(token.content) is not None
+        if token.id != size - 1 or not (is_extra or _PADDING_TOKEN.fullmatch(token.content)):
+            break
+        size -= 1
+        first_extra = size if is_extra else first_extra
+    return first_extra
+
+
+def _is_gpt2(model: ByteLevelBPE) -> bool:
+    if len(model.added) != 1:
+        return False
+    plain = [AddedToken(content=token.content, id=token.id) for token in model.added]
+    content = dataclasses.replace(model, added=plain).to_json()
+    return hashlib.sha256(content).hexdigest() == GPT2_FINGERPRINT
 
 
 @functools.cache
@@ -184,164 +278,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _from_merges(train_merges(texts, vocab_size - smallest))
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer "gpt2", or that of a tokenizer.json or of a folder that holds one.
-
-    Raises:
-        UsageError: there is no such file.
-        BadInputError: the file is not a byte-level BPE that this room can hold.
-    """
-    if name_or_path == "gpt2":
-        return load_gpt2()
-    path = Path(name_or_path)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BadInputError(f"{path}: over {MAX_FILE_BYTES >> 20} MiB is no tokenizer.json")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot read this tokenizer ({error.strerror}); "
-            "give gpt2, a tokenizer.json, or a folder that holds one"
-        ) from None
-    try:
-        return from_json(data)
-    except BadInputError as error:
-        raise BadInputError(f"{path}: {error}") from None
-
-
-def from_json(data: bytes) -> Tokenizer:
+def from_json(data: bytes, eos_token: str | None = None) -> Tokenizer:
     """The tokenizer in a Hugging Face tokenizer.json.
 
+    Args:
+        eos_token: the added token that ends each document where there is no `<|endoftext|>`.
+
     Raises:
-        BadInputError: not JSON, not byte-level BPE, or one that changes or marks the text (a
-        normaliser, a
-            prefix space), or without `<|endoftext|>`.
+        BadInputError: not JSON, not byte-level BPE, one that changes the text or adds tokens to it,
+            or one without a token to end documents with.
     """
     if hashlib.sha256(data).hexdigest() == GPT2_FINGERPRINT:
         return load_gpt2()
-    try:
-        loaded = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _unusable("it is not JSON") from error
-    try:
-        return _from_dict(loaded)
-    except BadInputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unusable(f"a part is missing or malformed ({error})") from error
+    return Tokenizer(parse_tokenizer_json(data), eos_token)
 
 
 def _from_merges(merges: Sequence[Merge]) -> Tokenizer:
     entries = [*CHARACTER_TO_BYTE, *(left + right for left, right in merges)]
     vocabulary = {entry: token for token, entry in enumerate(entries)}
-    return Tokenizer(vocabulary, merges, {END_OF_TEXT: len(vocabulary)})
-
-
-def _from_dict(loaded: dict[str, Any]) -> Tokenizer:
-    model, pre_tokenizer = loaded["model"], loaded["pre_tokenizer"]
-    _check_kind(loaded)
-    specials = {token["content"]: token["id"] for token in loaded["added_tokens"]}
-    vocabulary = {entry: i for entry, i in model["vocab"].items() if entry not in specials}
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merges: list[Merge] = [(left, right) for left, right in pairs]
-    _check_vocabulary(vocabulary, merges, specials)
-    last = _last_step(pre_tokenizer)
-    # trim_offsets concerns character offsets only, which nothing here uses.
-    if pre_tokenizer is last and last.get("use_regex", True):
-        pre_tokenizer = _PRE_TOKENIZER
-    ignore_merges = bool(model.get("ignore_merges"))
-    return Tokenizer(
-        vocabulary, merges, specials, pre_tokenizer=pre_tokenizer, ignore_merges=ignore_merges
-    )
-
-
-def _check_kind(loaded: dict[str, Any]) -> None:
-    model, last = loaded["model"], _last_step(loaded["pre_tokenizer"])
-    if model.get("type", "BPE") != "BPE":
-        raise _unusable(f"its model is {model['type']}")
-    if last.get("type") != "ByteLevel" or (loaded.get("decoder") or {}).get("type") != "ByteLevel":
-        raise _unusable("it does not work on bytes")
-    if loaded.get("normalizer"):
-        raise _unusable("it has a normaliser, so text would not come back as it went in")
-    if last.get("add_prefix_space", True):
-        raise _unusable("it adds a space before the text")
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    for key in odd:
-        if model.get(key):
-            raise _unusable(f"its model uses {key}")
-
-
-def _last_step(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
-    if pre_tokenizer is None:
-        return {}
-    if pre_tokenizer.get("type") == "Sequence":
-        return pre_tokenizer["pretokenizers"][-1]
-    return pre_tokenizer
-
-
-def _check_vocabulary(
-    vocabulary: Mapping[str, int], merges: Sequence[Merge], specials: Mapping[str, int]
-) -> None:
-    if END_OF_TEXT not in specials:
-        raise _unusable(f"it has no special token {END_OF_TEXT}, which has to end each document")
-    missing = CHARACTER_TO_BYTE.keys() - vocabulary.keys()
-    if missing:
-        raise _unusable(f"{len(missing)} of the 256 bytes have no token")
-    strange = next((e for e in vocabulary if not CHARACTER_TO_BYTE.keys() >= set(e) or not e), None)
-    if strange is not None:
-        raise _unusable(f"its entry {strange!r} is outside the byte alphabet")
-    ids = sorted([*vocabulary.values(), *specials.values()])
-    if ids != list(range(len(ids))):
-        raise _unusable(f"its {len(ids)} ids are not 0 .. {len(ids) - 1}, each once")
-    for merge in merges:
-        if not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise _unusable(f"its merge {merge!r} is not of entries in the vocabulary")
-
-
-def _unusable(why: str) -> BadInputError:
-    return BadInputError(f"this tokenizer.json cannot be used: {why}; it must be a byte-level BPE")
-
-
-def _canonical_json(
-    vocabulary: Mapping[str, int],
-    merges: Sequence[Merge],
-    specials: Mapping[str, int],
-    pre_tokenizer: Mapping[str, Any],
-    ignore_merges: bool,
-) -> bytes:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": token, "content": text, "special": True} | flags
-        for text, token in sorted(specials.items(), key=lambda item: item[1])
-    ]
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": ignore_merges,
-        "vocab": {**vocabulary, **specials},
-        "merges": [" ".join(merge) for merge in merges],  # the form that old versions read too
-    }
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": _BYTE_LEVEL | {"add_prefix_space": True},
-        "model": model,
-    }
-    text = json.dumps(whole, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return text.encode() + b"\n"
-
-
-def _without_specials(tokenizer_json: bytes) -> str:
-    return json.dumps(json.loads(tokenizer_json) | {"added_tokens": []})
+    added = [AddedToken(content=END_OF_TEXT, id=len(vocabulary))]
+    return Tokenizer(ByteLevelBPE(vocabulary=vocabulary, merges=merges, added=added))

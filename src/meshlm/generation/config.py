@@ -36,7 +36,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are not part of it."""
     ignore_end_of_text: bool = False
-    """Go on after the end-of-text token."""
+    """Go on after any of the tokens that end a sample."""
     logprobs: int | None = None
     """Also give the log-probabilities of this many of the most probable tokens at each place."""
 
@@ -97,7 +97,7 @@ class Generation:
     """One sample."""
 
     text: str
-    """The text of the new tokens, without end-of-text and cut before a stop text."""
+    """The text of the new tokens, without one that ends it, and cut before a stop text."""
     tokens: list[int]
     """Every token that was sampled, the one that ended the sample included."""
     logprobs: list[float]

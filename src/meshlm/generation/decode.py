@@ -5,7 +5,7 @@ at its last token, so a decoding step is: choose a token, then run it through th
 steps are one dispatch. The shapes are those of `buckets.py`.
 
 Dim letters: B rows, P rows of a prefill, T prompt length, S cache places, D model, V vocabulary
-rows, K steps of a dispatch, A alternatives.
+rows, K steps of a dispatch, A alternatives, E tokens that end a row.
 """
 
 import contextlib
@@ -65,8 +65,8 @@ class RowProgress:
     """The position of the next token."""
     remaining: Int[Array, "B"]
     """Tokens that may still come; 0: the row is done, and only computes along."""
-    end_tokens: Int[Array, "B"]
-    """The token that ends the row; -1 for none."""
+    end_tokens: Int[Array, "B E"]
+    """The tokens of which any ends the row; -1 is none."""
 
 
 @pytree
@@ -239,7 +239,9 @@ def decode(
 
     It ends early where all rows are done.
     """
-    progress, options = jax.tree.map(lambda x: reshard(x, "batch"), (progress, options))
+    progress, options = jax.tree.map(
+        lambda x: reshard(x, "batch", *([None] * (x.ndim - 1))), (progress, options)
+    )
 
     def go_on(carry: tuple[DecodeState, RowProgress, Steps]) -> jax.Array:
         _, progress, steps = carry
@@ -283,7 +285,8 @@ def _feed(
 
 def _advance(progress: RowProgress, tokens_B: jax.Array) -> RowProgress:
     is_active_B = progress.remaining > 0
-    goes_on_B = is_active_B & (tokens_B != progress.end_tokens)
+    is_end_B = jnp.any(tokens_B[:, None] == progress.end_tokens, axis=1)
+    goes_on_B = is_active_B & ~is_end_B
     return dataclasses.replace(
         progress,
         positions=progress.positions + is_active_B.astype(jnp.int32),

@@ -35,20 +35,22 @@ class Generator:
         self,
         model: decode.DecodeModel,
         *,
-        end_of_text_id: int | None,
+        end_ids: Sequence[int],
+        start_id: int | None,
         token_bytes: Callable[[int], bytes],
         max_rows: int | None = None,
     ) -> None:
         """Makes a generator; computes nothing.
 
         Args:
-            end_of_text_id: None where there is no such token: nothing but a stop text or the length
-                ends a sample.
+            end_ids: tokens of which any ends a sample; where there are none, nothing but a stop
+                text or the length does.
+            start_id: the token before the first one of a text; None where there is none.
             token_bytes: gives the bytes of a token's text.
             max_rows: that are decoded together; None for as many as suit any device.
         """
         self._model = model
-        self._end_of_text_id = end_of_text_id
+        self._end_ids, self._start_id = tuple(end_ids), start_id
         self._token_bytes = token_bytes
         self._max_rows = max_rows
 
@@ -61,7 +63,7 @@ class Generator:
         """Returns `sampling.n` samples for each prompt.
 
         A token depends on (seed, index of the prompt, index of the sample, position), not on the
-        other prompts. An empty prompt stands for the start of a text: one end-of-text token.
+        other prompts. An empty prompt stands for the start of a text: the one token `start_id`.
 
         Args:
             prompts: token ids.
@@ -72,7 +74,7 @@ class Generator:
             UsageError: a prompt leaves no room in the context, or has an id that is no token.
             BadInputError: the model's output is NaN or infinite; what came before it was told.
         """
-        starts = [list(prompt) or start_of_text(self._end_of_text_id) for prompt in prompts]
+        starts = [list(prompt) or start_of_text(self._start_id) for prompt in prompts]
         for index, start in enumerate(starts):
             self._check_prompt(index, start)
         context = self._model.shape.config.context_length
@@ -106,15 +108,14 @@ class Generator:
         num_rows = row_bucket(len(rows), model.batch_shards)
         state = self._prefill(rows, num_rows)
         options = _row_options(rows, num_rows, sampling, model.shape.config.vocab_size)
-        end = None if sampling.ignore_end_of_text else self._end_of_text_id
-        end_token = -1 if end is None else end
+        end_ids = () if sampling.ignore_end_of_text else self._end_ids
         num_steps = 1 if on_text else decode.MAX_STEPS
         while any(row.remaining for row in rows):
             began = time.perf_counter()
             state, steps = decode.decode(
                 model.params,
                 state,
-                _progress(rows, num_rows, end_token),
+                _progress(rows, num_rows, end_ids, len(self._end_ids)),
                 options,
                 np.int32(num_steps),
                 alternatives=bool(sampling.logprobs),
@@ -125,7 +126,7 @@ class Generator:
                 step_s = (time.perf_counter() - began) / chosen.count
                 num_steps = max(1, min(decode.MAX_STEPS, int(STREAM_INTERVAL_S / step_s)))
             for column, row in enumerate(rows):
-                piece = self._take(row, chosen.column(column, sampling.logprobs or 0), end_token)
+                piece = self._take(row, chosen.column(column, sampling.logprobs or 0), end_ids)
                 if piece and on_text:
                     on_text(row.prompt_index, row.sample_index, piece)
 
@@ -154,7 +155,10 @@ class Generator:
         return state
 
     def _take(
-        self, row: "_Row", chosen: Iterator[tuple[int, float, dict[int, float]]], end_token: int
+        self,
+        row: "_Row",
+        chosen: Iterator[tuple[int, float, dict[int, float]]],
+        end_ids: Sequence[int],
     ) -> str:
         """Returns the new text of a row, after giving it the tokens that were chosen for it."""
         text = ""
@@ -163,7 +167,7 @@ class Generator:
                 break
             if not all(map(math.isfinite, (log_prob, *alternatives.values()))):
                 raise not_finite(f"position {row.position} of prompt {row.prompt_index}")
-            ended = token == end_token
+            ended = token in end_ids
             row.add(token, log_prob, alternatives)
             if not ended:
                 text += row.stream.push(self._token_bytes(token))
@@ -255,15 +259,15 @@ class _Chosen:
             yield int(self.tokens[step, row]), float(self.log_probs[step, row]), best
 
 
-def start_of_text(end_of_text_id: int | None) -> list[int]:
-    """Returns the token before the first one of a text: end-of-text, as in training.
+def start_of_text(start_id: int | None) -> list[int]:
+    """Returns the token before the first one of a text: bos, else end-of-text, as in training.
 
     Raises:
         UsageError: there is none.
     """
-    if end_of_text_id is None:
+    if start_id is None:
         raise UsageError("an empty prompt stands for end-of-text, and this model has no tokenizer")
-    return [end_of_text_id]
+    return [start_id]
 
 
 def check_tokens(what: str, tokens: Sequence[int], allowed_vocab: int) -> None:
@@ -288,14 +292,20 @@ def _seen(rows: list[_Row], num_rows: int, vocab_size: int) -> np.ndarray:
     return seen
 
 
-def _progress(rows: list[_Row], num_rows: int, end_token: int) -> decode.RowProgress:
+def _progress(
+    rows: list[_Row], num_rows: int, end_ids: Sequence[int], width: int
+) -> decode.RowProgress:
+    """Returns the progress; `width` is that of `end_tokens`, which decides what is compiled."""
+    ends: Any = np.full((num_rows, max(1, width)), -1, np.int32)
+    ends[:, : len(end_ids)] = end_ids
+
     def column(values: list[int], fill: int) -> Any:
         return np.array(values + [fill] * (num_rows - len(values)), np.int32)
 
     return decode.RowProgress(
         positions=column([row.position for row in rows], 0),
         remaining=column([row.remaining for row in rows], 0),
-        end_tokens=column([end_token] * len(rows), -1),
+        end_tokens=ends,
     )
 
 

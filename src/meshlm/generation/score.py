@@ -48,10 +48,10 @@ class Likelihood(NamedTuple):
 class Scorer:
     """Scores token sequences with one model."""
 
-    def __init__(self, model: decode.DecodeModel, *, end_of_text_id: int | None) -> None:
-        """Makes a scorer; computes nothing."""
+    def __init__(self, model: decode.DecodeModel, *, start_id: int | None) -> None:
+        """Makes a scorer, which computes nothing yet; `start_id` begins texts of no context."""
         self._model = model
-        self._end_of_text_id = end_of_text_id
+        self._start_id = start_id
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Returns the scores of each sequence's tokens from the second on.
@@ -86,13 +86,13 @@ class Scorer:
     ) -> list[Likelihood]:
         """Returns the likelihood of each (context, continuation).
 
-        An empty context stands for the start of a text: one end-of-text token.
+        An empty context stands for the start of a text: the one token `start_id`.
 
         Raises:
             UsageError: a pair is longer than the context together, or has an id that is no token.
             BadInputError: the model's output is NaN or infinite.
         """
-        contexts = [list(context) or start_of_text(self._end_of_text_id) for context, _ in pairs]
+        contexts = [list(context) or start_of_text(self._start_id) for context, _ in pairs]
         whole = [context + list(pair[1]) for context, pair in zip(contexts, pairs, strict=True)]
         likelihoods = []
         for context, scores in zip(contexts, self.token_logprobs(whole), strict=True):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from meshlm.core.errors import MeshLMError, UsageError
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.generation import DecodeModel
 from meshlm.serving.compiled import Compiled
@@ -38,6 +39,12 @@ class Loaded:
 
     model: DecodeModel
     tokenizer: Tokenizer
+    special_tokens: SpecialTokens
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The token ids of which any ends a sample."""
+        return self.special_tokens.end_ids(self.tokenizer)
 
 
 class Submission:
@@ -219,7 +226,7 @@ class Engine:
             prefixes,
             self._lock,
             chunk=chunk,
-            end_of_text_id=loaded.tokenizer.end_of_text_id,
+            end_ids=loaded.end_ids,
             token_bytes=loaded.tokenizer.token_bytes,
         )
         with self._lock:

@@ -43,6 +43,7 @@ class Request:
     stop: tuple[str, ...] = ()
     """Texts that end the sample; they are not part of it."""
     ignore_end_of_text: bool = False
+    """Go on after any of the tokens that end a sample."""
     alternatives: int = 0
     """How many of the most probable tokens are told with each token."""
     score_prompt: bool = False

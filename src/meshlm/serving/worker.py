@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from meshlm.generation.config import FinishReason
 from meshlm.generation.text import TextStream
@@ -69,16 +69,16 @@ class Worker:
         lock: threading.RLock,
         *,
         chunk: int,
-        end_of_text_id: int,
+        end_ids: Collection[int],
         token_bytes: Callable[[int], bytes],
     ) -> None:
-        """Makes a worker; `lock` guards the scheduler."""
+        """Makes a worker; `lock` guards the scheduler, and any of `end_ids` ends a sample."""
         self._runner = runner
         self._scheduler = scheduler
         self._prefixes = prefixes
         self._lock = lock
         self._chunk = chunk
-        self._end_of_text_id = end_of_text_id
+        self._end_ids = frozenset(end_ids)
         self._token_bytes = token_bytes
         self.counts = Counts()
 
@@ -207,7 +207,7 @@ class Worker:
         sample.generated += 1
         sample.last_token = score.token
         self.counts.generated_tokens += 1
-        ended = score.token == self._end_of_text_id and not request.ignore_end_of_text
+        ended = score.token in self._end_ids and not request.ignore_end_of_text
         text = "" if ended else sample.stream.push(self._token_bytes(score.token))
         reason: FinishReason | None = "stop" if ended or sample.stream.stopped else None
         if reason is None and sample.generated == request.max_tokens:

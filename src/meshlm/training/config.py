@@ -25,6 +25,7 @@ from meshlm.core.sharding import (
     current_rules,
     whole_mesh,
 )
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.compute import ReduceDtype, Remat, choose_compute
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import check_divides
@@ -247,6 +248,9 @@ class RunConfig:
     """None: the first weights were drawn."""
     recipe: Recipe | None = None
     skip_spikes: float | None = None
+    special_tokens: SpecialTokens | None = None
+    """Those of the weights that the run began with and of its stores; None: the tokenizer's end of
+    text is all there is, and no text spells it."""
 
     @property
     def first_step(self) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from meshlm.core.errors import UsageError
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
 from meshlm.model.params import count_params
 from meshlm.optim import OptimizerConfig
@@ -36,12 +37,14 @@ def new_run(
     *,
     model: ModelConfig | None = None,
     origin: Origin | None = None,
+    special_tokens: SpecialTokens | None = None,
 ) -> RunConfig:
     """Returns the record of a run that begins.
 
     Args:
         model: the shape of the weights to begin with, or of the configuration file.
         origin: where those weights come from.
+        special_tokens: of those weights and of the stores.
 
     Raises:
         UsageError: an option does not fit the others.
@@ -69,6 +72,7 @@ def new_run(
         seq_len=seq_len,
         origin=origin,
         recipe=config.recipe,
+        special_tokens=special_tokens,
         **given,
     )
 

@@ -1,7 +1,7 @@
 """The first weights of a run that begins from a checkpoint, in any format."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +11,10 @@ from meshlm.conversion.loading import load_stacked
 from meshlm.conversion.opening import open_source
 from meshlm.conversion.tensors import Source
 from meshlm.core.errors import UsageError
+from meshlm.data.special_tokens import SpecialTokens
+from meshlm.data.store import TokenStore
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.model.config import ModelConfig, vocab_rows
 from meshlm.step import StepConfig, TrainState, begin_state, init_state
 from meshlm.training.config import Origin, RunConfig, TrainConfig
 
@@ -60,19 +63,61 @@ def describe_origin(config: TrainConfig, source: Source) -> Origin:
     )
 
 
-def check_tokenizer(path: str, theirs: Tokenizer | None, ours: Tokenizer) -> None:
+def check_tokenizer(source: Source, ours: Tokenizer) -> None:
     """Raises UsageError where the data's ids are not those that the weights know."""
-    if theirs is None or theirs.fingerprint == ours.fingerprint:
-        return
-    size = ours.text_vocab_size
-    same = theirs.text_vocab_size == size and all(
-        theirs.token_bytes(token) == ours.token_bytes(token) for token in range(size)
+    theirs, size = source.tokenizer, ours.text_vocab_size
+    same = (
+        theirs is None
+        or theirs.fingerprint == ours.fingerprint
+        or (
+            theirs.text_vocab_size == size
+            and all(theirs.token_bytes(token) == ours.token_bytes(token) for token in range(size))
+        )
     )
-    if not same:
+    ends = source.special_tokens.eos_token_ids
+    if not same or any(ours.vocab_size <= end < source.model.vocab_size for end in ends):
         raise UsageError(
-            f"the data was prepared with {ours}, and the weights of {path} with {theirs}: "
+            f"the data was prepared with {ours}, and the weights of {source.path} with "
+            f"{theirs or f'another one, whose texts end with tokens {list(ends)}'}: "
             "prepare it again with the tokenizer of the weights"
         )
+
+
+def check_ids(source: Source, stores: Sequence[TokenStore]) -> None:
+    """Raises UsageError where the data has a token that the weights have no row for."""
+    rows = source.model.vocab_size
+    for store in stores:
+        if store.tokenizer.vocab_size > rows and (largest := store.largest_token()) >= rows:
+            raise UsageError(
+                f"{store.path} has {store.tokenizer.decode([largest])!r}, token {largest}, and the "
+                f"weights of {source.path} have {rows} rows: prepare it without that token"
+            )
+
+
+def rows_needed(stores: Sequence[TokenStore], model: ModelConfig | None) -> int:
+    """Returns the size of the vocabulary that a run's data needs.
+
+    Args:
+        model: of the weights to begin with, which have rows for all of the data's tokens.
+    """
+    tokenizer = stores[0].tokenizer
+    size = tokenizer.text_vocab_size
+    parses = any(store.manifest.tokenizer.special_tokens == "parse" for store in stores)
+    if parses and tokenizer.vocab_size > vocab_rows(size):
+        size = tokenizer.vocab_size
+    return size if model is None else min(size, model.vocab_size)
+
+
+def special_tokens_of(source: Source | None, stores: Sequence[TokenStore]) -> SpecialTokens | None:
+    """Returns those of the weights to begin with, spelled in texts as in the data.
+
+    None where that is the tokenizer's end of text alone, which no text spells.
+    """
+    tokenizer = stores[0].tokenizer
+    modes = {store.manifest.tokenizer.special_tokens for store in stores}
+    own = SpecialTokens.of(tokenizer) if source is None else source.special_tokens
+    found = dataclasses.replace(own, mode="parse" if "parse" in modes else "text")
+    return None if found == SpecialTokens.of(tokenizer) else found
 
 
 def first_state(

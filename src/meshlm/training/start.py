@@ -17,14 +17,20 @@ from meshlm.core.processes import share, together
 from meshlm.core.sharding import make_mesh
 from meshlm.data.loader import parse_mixture
 from meshlm.data.store import TokenStore
-from meshlm.data.tokenizer import Tokenizer
 from meshlm.ops.fast_attention import AttentionName, check_attention, choose_attention
 from meshlm.training.config import RunConfig, StoreRecord, TrainConfig, check_batch
 from meshlm.training.continuing import continued_run, first_difference
 from meshlm.training.lock import LOCK_NAME, RunLock
 from meshlm.training.memory import check_memory
 from meshlm.training.new_run import new_run
-from meshlm.training.origin import check_tokenizer, describe_origin, open_origin
+from meshlm.training.origin import (
+    check_ids,
+    check_tokenizer,
+    describe_origin,
+    open_origin,
+    rows_needed,
+    special_tokens_of,
+)
 from meshlm.training.run_folder import CONFIG_FILE, free_options, read_config
 from meshlm.training.settings import read_settings
 
@@ -143,7 +149,7 @@ def resolve(config: TrainConfig) -> tuple[RunConfig, list[TokenStore], jax.shard
         for (path, weight), store in zip(mixture, stores, strict=True)
     )
     if before is None:
-        record = _new_run(config, records, stores[0].tokenizer)
+        record = _new_run(config, records, stores)
     else:
         record = continued_run(config, before, records)
     check_batch(record, config.mesh)
@@ -199,20 +205,22 @@ def _check_everyone_has_part(mesh: jax.sharding.Mesh) -> None:
 
 
 def _new_run(
-    config: TrainConfig, stores: tuple[StoreRecord, ...], tokenizer: Tokenizer
+    config: TrainConfig, records: tuple[StoreRecord, ...], stores: list[TokenStore]
 ) -> RunConfig:
     """Returns the record of a run that begins, from scratch or from a checkpoint."""
-    source = open_origin(config)
+    tokenizer, source = stores[0].tokenizer, open_origin(config)
     model = None if config.config is None else read_settings(config.config)[0]
     origin = None
     if source is not None:
-        check_tokenizer(str(source.path), source.tokenizer, tokenizer)
+        check_tokenizer(source, tokenizer)
+        check_ids(source, stores)
         model, origin = source.model, describe_origin(config, source)
     return new_run(
         config,
-        stores,
+        records,
         tokenizer.fingerprint,
-        tokenizer.text_vocab_size,
+        rows_needed(stores, None if source is None else source.model),
         model=model,
         origin=origin,
+        special_tokens=special_tokens_of(source, stores),
     )

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from meshlm.core.errors import UsageError
 from meshlm.data.loader import eval_batches
+from meshlm.data.special_tokens import SpecialTokens, check_rows
 from meshlm.data.store import TokenStore
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.generation import DecodeModel, Generator, SamplingConfig
@@ -87,16 +88,21 @@ def sample_texts(
     step: int,
 ) -> list[tuple[str, str]]:
     """Returns pairs of prompt and sampled continuation; the seed is the step. In the run's mesh."""
-    prompts = [tokenizer.encode(prompt) for prompt in config.sample_prompts]
+    special_tokens = record.special_tokens or SpecialTokens.of(tokenizer)
+    prompts = [tokenizer.encode(prompt, special_tokens.mode) for prompt in config.sample_prompts]
+    allowed = min(tokenizer.vocab_size, record.model.vocab_size)
     model = DecodeModel.prepare(
         params,
         record.model,
         Compute(dtype=record.compute_dtype),
-        allowed_vocab=tokenizer.vocab_size,
-        sampled_vocab=tokenizer.text_vocab_size,
+        allowed_vocab=allowed,
+        sampled_vocab=min(tokenizer.text_vocab_size, allowed),
     )
     generator = Generator(
-        model, end_of_text_id=tokenizer.end_of_text_id, token_bytes=tokenizer.token_bytes
+        model,
+        end_ids=special_tokens.end_ids(tokenizer),
+        start_id=special_tokens.start_id(tokenizer, record.model.vocab_size),
+        token_bytes=tokenizer.token_bytes,
     )
     sampling = SamplingConfig(
         max_tokens=config.sample_tokens,
@@ -111,9 +117,12 @@ def sample_texts(
 def check_sample_prompts(config: TrainConfig, record: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises UsageError where a prompt and its sample do not fit the context together."""
     context = record.model.context_length
-    for prompt in config.sample_prompts:
-        length = len(tokenizer.encode(prompt))
-        if config.sample_every and length + config.sample_tokens > context:
+    mode = "text" if record.special_tokens is None else record.special_tokens.mode
+    for prompt in config.sample_prompts if config.sample_every else ():
+        tokens = tokenizer.encode(prompt, mode)
+        check_rows(tokens, tokenizer, record.model.vocab_size)
+        length = len(tokens)
+        if length + config.sample_tokens > context:
             raise UsageError(
                 f"--sample-prompts: {prompt[:40]!r} has {length} tokens, and with --sample-tokens "
                 f"{config.sample_tokens} they do not fit the context of {context}: shorten either"

@@ -60,7 +60,8 @@ def plan_chat(request: ChatRequest, vocabulary: Vocabulary, limits: Limits) -> P
     if not request.messages:
         raise bad_field("messages", "messages is an empty list: give at least one message")
     text = render(request.messages)
-    tokens = encode_text("messages", text, vocabulary.tokenizer)
+    # What a user writes never becomes a special token, and the template spells none.
+    tokens = encode_text("messages", text, vocabulary, "text")
     keep = request.truncate_prompt_tokens
     prompt = Prompt(tokens=tuple(tokens if keep is None else tokens[-keep:]), text=text)
     given = [m for m in (request.max_tokens, request.max_completion_tokens) if m is not None]

@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 from meshlm.core.errors import BadInputError
+from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.data.tokenizer_json import SpecialTokenMode
 from meshlm.serving.api.protocol import shorten
 from meshlm.serving.config import Limits
 from meshlm.serving.engine import Loaded
@@ -26,6 +28,7 @@ class Vocabulary:
     """What a prompt is read with."""
 
     tokenizer: Tokenizer
+    special_tokens: SpecialTokens
     size: int
     """Ids from here on are in no prompt."""
     context_length: int
@@ -36,6 +39,7 @@ class Vocabulary:
         shape = loaded.model.shape
         return cls(
             tokenizer=loaded.tokenizer,
+            special_tokens=loaded.special_tokens,
             size=shape.allowed_vocab,
             context_length=shape.config.context_length,
         )
@@ -46,7 +50,7 @@ def read_prompts(
 ) -> list[Prompt]:
     """Returns the prompts of a text, a list of texts, token ids, a list of such, or null.
 
-    null and an empty text stand for the start of a text: one end-of-text token.
+    null and an empty text stand for the start of a text: bos, else end-of-text, one token.
 
     Args:
         keep: cut each prompt to its last so many tokens.
@@ -93,12 +97,31 @@ def check_fits(
         )
 
 
-def encode_text(name: str, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids of a text; raises the 400 where it is no Unicode text."""
+def encode_text(
+    name: str, text: str, vocabulary: Vocabulary, mode: SpecialTokenMode | None = None
+) -> list[int]:
+    """Returns the ids of a text.
+
+    Args:
+        mode: what the spelling of a special token becomes; None for the server's way.
+
+    Raises:
+        ApiError: 400, where it is no Unicode text, or becomes a token that the model has no row
+            for.
+    """
+    tokenizer = vocabulary.tokenizer
     try:
-        return tokenizer.encode(text)
+        tokens = tokenizer.encode(text, mode or vocabulary.special_tokens.mode)
     except BadInputError as error:
         raise bad_field(name, f"{name}: {error}") from None
+    wrong = next((token for token in tokens if token >= vocabulary.size), None)
+    if wrong is not None:
+        raise bad_field(
+            name,
+            f"{name} has {shorten(tokenizer.decode([wrong]))}, token {wrong}, which has no row in "
+            "the model: take it out",
+        )
+    return tokens
 
 
 def check_ids(name: str, ids: list[Any], size: int) -> None:
@@ -118,7 +141,7 @@ def _read_one(
 ) -> Prompt:
     tokenizer = vocabulary.tokenizer
     if isinstance(value, str):
-        text, tokens = value, encode_text(name, value, tokenizer)
+        text, tokens = value, encode_text(name, value, vocabulary)
     else:
         if not value:
             raise bad_field(name, f"{name} is an empty list: give token ids, or a text")
@@ -127,7 +150,11 @@ def _read_one(
     if keep is not None and len(tokens) > keep:
         text, tokens = None, tokens[-keep:]
     shown = tokenizer.decode(tokens) if text is None else text
-    return Prompt(tokens=tuple(tokens) or (tokenizer.end_of_text_id,), text=shown)
+    if not tokens:
+        start = vocabulary.special_tokens.start_id(tokenizer, vocabulary.size)
+        assert start is not None  # the end of text has a row
+        tokens = [start]
+    return Prompt(tokens=tuple(tokens), text=shown)
 
 
 def _is_id(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from meshlm.data.tokenizer import END_OF_TEXT
 from meshlm.serving.api.logprobs import token_name
 from meshlm.serving.api.prompts import Vocabulary, check_ids, encode_text
 from meshlm.serving.api.protocol import DetokenizeRequest, TokenizeRequest
@@ -22,8 +21,8 @@ def tokenize(request: TokenizeRequest, vocabulary: Vocabulary) -> dict[str, Any]
         raise bad_field("prompt", "give the text as one of prompt and text")
     text = given[0]
     tokenizer = vocabulary.tokenizer
-    is_end = text == END_OF_TEXT
-    tokens = [tokenizer.end_of_text_id] if is_end else encode_text("prompt", text, tokenizer)
+    is_end = text == tokenizer.end_of_text
+    tokens = [tokenizer.end_of_text_id] if is_end else encode_text("prompt", text, vocabulary)
     found: dict[str, Any] = {
         "tokens": tokens,
         "count": len(tokens),
@@ -42,18 +41,21 @@ def detokenize(request: DetokenizeRequest, vocabulary: Vocabulary) -> dict[str, 
 
 def tokenizer_info(vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns what clients that tokenize by this server want to know."""
-    tokenizer = vocabulary.tokenizer
+    tokenizer, special_tokens = vocabulary.tokenizer, vocabulary.special_tokens
+    ends = special_tokens.end_ids(tokenizer)
     return {
         "tokenizer_class": "GPT2Tokenizer",
         "name": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "model_max_length": vocabulary.context_length,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "eos_token_id": tokenizer.end_of_text_id,
+        "bos_token": special_tokens.bos_token or tokenizer.end_of_text,
+        "eos_token": special_tokens.eos_token or tokenizer.end_of_text,
+        "eos_token_id": ends[0],
+        "eos_token_ids": list(ends),
         "unk_token": None,
-        "pad_token": None,
+        "pad_token": special_tokens.pad_token,
+        "special_tokens": special_tokens.mode,
         "add_bos_token": False,
         "chat_template": None,
     }
