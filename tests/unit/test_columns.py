@@ -125,6 +125,17 @@ def test_an_arrow_stream_that_is_cut(tmp_path):
             texts(path)
 
 
+def test_damage_within_a_file_is_damage(tmp_path):
+    path = write(pa.table({"text": ["hello world " * 50] * 3000}), tmp_path / "a.parquet")
+    data = bytearray(path.read_bytes())
+    data[4:24] = b"\xff" * 20  # pyarrow raises an OSError that has no number
+    path.write_bytes(data)
+    with pytest.raises(
+        BadInputError, match=r"a\.parquet: the file is damaged \(.+\): get it again"
+    ):
+        read(path)
+
+
 def save_to_disk(folder: Path, shards: list[list[str]], **state) -> Path:
     """A dataset as `datasets` 5.2 saves it; tests/parity holds that the real one is read."""
     folder.mkdir(parents=True)

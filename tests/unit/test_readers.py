@@ -4,10 +4,12 @@ import bz2
 import functools
 import gzip
 import io
+import itertools
 import lzma
 import os
 import random
 import tarfile
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -163,6 +165,55 @@ def test_a_damaged_tar_header_is_no_end():
         list(tar_members(ByteSource(iter([bytes(data)]))))
     with pytest.raises(EOFError):
         list(tar_members(ByteSource(iter([_tar(a=b"one")[:1024]]))))
+
+
+def _header(size: bytes, kind: bytes) -> bytes:
+    head = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    head[124:136], head[156:157], head[148:156] = size.ljust(12, b"\0"), kind, b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def _pax(records: bytes) -> bytes:
+    padding = bytes(-len(records) % 512)
+    return _header(b"%o" % len(records), b"x") + records + padding + _header(b"0", b"0")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _header(b"-1", b"0"),
+        _header(b"-1000", b"x"),
+        _header(b"1_0", b"0"),
+        _pax(b"11 size=-1\n"),
+        _pax(b"12 size=1_0\n"),
+        _pax(b"9" * 5000 + b" size=1\n"),
+        _pax(b"5008 size=" + b"9" * 4997 + b"\n"),
+        _pax(b"0 size=1\n"),
+        _pax(b"99 size=1\n"),
+    ],
+)
+def test_tar_sizes_that_are_no_sizes(data):
+    members = tar_members(ByteSource(iter([data + bytes(2048)])))
+    parts = (part for _, _, content in members for part in content)
+    with pytest.raises(DamagedStreamError, match="malformed"):
+        list(itertools.islice(parts, 9))  # a wrong size gave parts without end
+
+
+def test_sparse_members_are_refused():
+    for data in (_header(b"0", b"S"), _pax(b"22 GNU.sparse.major=1\n")):
+        with pytest.raises(RefusedStreamError, match="member x is a sparse file"):
+            list(tar_members(ByteSource(iter([data + bytes(1024)]))))
+
+
+def test_pax_headers_take_linear_time():
+    def cpu_s(count: int) -> float:
+        data, began_s = _pax(b"6 a=b\n" * count) + bytes(1024), time.process_time()
+        assert len(list(tar_members(ByteSource(iter([data]))))) == 1
+        return time.process_time() - began_s
+
+    short, long = (min(cpu_s(count) for _ in range(5)) for count in (40_000, 80_000))
+    assert long < 3 * short
 
 
 def test_a_huge_tar_header_is_refused():

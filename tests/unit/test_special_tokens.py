@@ -259,6 +259,15 @@ def test_gpt2_stays_text_and_trained_too(tmp_path):
         assert "special_tokens" not in store.manifest.options
 
 
+def test_an_end_of_text_that_is_no_token_is_not_counted_as_one(tmp_path):
+    folder = write_files(tmp_path / "m", FOLDERS["no end of text"])
+    for text, count in (("<|endoftext|>the cat", 0), ("<|endoftext|>the cat<|ask|>", 1)):
+        options = {"tokenizer": str(folder), "special_tokens": "text"}
+        _, said = prepared(tmp_path, text, name=f"store{count}", **options)
+        assert "is written out in 1 documents" in said
+        assert ("1 other special tokens" in said, "other special tokens" in said) == (count,) * 2
+
+
 def test_another_end_of_documents_goes_through_a_store(tmp_path):
     folder = write_files(tmp_path / "m", FOLDERS["no end of text"])
     store, _ = prepared(tmp_path, "the cat", tokenizer=str(folder))

@@ -46,8 +46,11 @@ def table_records(path: str, kind: str, text_field: str, *, allow_cut: bool) -> 
                 metas = batch.column("meta") if index >= 0 and text_field != "meta" else None
                 for text, meta in zip(texts, metas or [None] * len(texts), strict=True):
                     yield _row(next(numbers), text, meta, text_field)
-    except pyarrow.ArrowException as error:
-        raise DamagedStreamError(str(error).splitlines()[0]) from error
+    except (pyarrow.ArrowException, OSError) as error:
+        # pyarrow raises an OSError without a number for bytes that it cannot decode.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamagedStreamError(next(iter(str(error).splitlines()), "no reason given")) from error
 
 
 @contextmanager

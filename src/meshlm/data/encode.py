@@ -97,9 +97,8 @@ class Encoder:
                 encoded.num_empty += 1
                 continue
             if self._tokenizer.special_tokens == "text":
-                marks = record.text.count(END_OF_TEXT)
-                encoded.num_marked += marks > 0
-                encoded.num_spelled += self._tokenizer.count_added(record.text) - marks
+                encoded.num_marked += END_OF_TEXT in record.text
+                encoded.num_spelled += self._tokenizer.count_added(record.text, but=END_OF_TEXT)
             encoded.num_boms += "\ufeff" in record.text
             split = split_of(source, record, self._val_fraction)
             tokens = self._tokenizer.encode_array(record.text).astype(self._dtype)

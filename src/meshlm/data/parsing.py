@@ -69,7 +69,12 @@ class Parser:
         if isinstance(error, RecursionError):
             return "JSON nested too deep"
         if isinstance(error, msgspec.ValidationError):
-            return f"no text: {error}{text_field_hint(string_fields(msgspec.json.decode(line)))}"
+            try:
+                names = string_fields(msgspec.json.decode(line))
+            except (ValueError, RecursionError) as damage:
+                # The typed decoder stops at the first wrong value, and what follows is no JSON.
+                return self._reason(damage, line)
+            return f"no text: {error}{text_field_hint(names)}"
         return f"not JSON: {error}"
 
 

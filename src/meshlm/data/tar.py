@@ -1,10 +1,12 @@
 """Tar archives: ustar, GNU and pax, read as a stream."""
 
+import re
 from collections.abc import Iterator
 
-from meshlm.data.streams import ByteSource, Chunks, DamagedStreamError
+from meshlm.data.streams import ByteSource, Chunks, DamagedStreamError, RefusedStreamError
 
 _MAX_HEADER_BYTES = 1 << 20
+_PAX_LENGTH = re.compile(rb"([0-9]{1,7}) ")
 BLOCK_BYTES = 512
 
 
@@ -29,6 +31,7 @@ def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
     Raises:
         EOFError: the archive stops before its end mark.
         DamagedStreamError: a header is wrong, or too long, or other bytes follow the end.
+        RefusedStreamError: a member is a sparse file, whose bytes are not its text.
     """
     long_name: str | None = None
     pax: dict[str, str] = {}
@@ -52,9 +55,15 @@ def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
             elif kind == b"L":
                 long_name = body.rstrip(b"\0").decode(errors="surrogateescape")
             continue
+        name = pax.get("path") or long_name or _tar_name(header)
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in pax):
+            name = pax.get("GNU.sparse.name", name)
+            raise RefusedStreamError(
+                f"member {name} is a sparse file: pack the archive again without tar's --sparse"
+            )
         content = source.parts(size)
         if kind in b"0\x007":
-            yield pax.get("path") or long_name or _tar_name(header), size, content
+            yield name, size, content
         for _ in content:
             pass
         source.take(-size % BLOCK_BYTES)
@@ -70,25 +79,31 @@ def _up_to(source: ByteSource, count: int) -> Chunks:
 
 
 def _check_sum(header: bytes) -> None:
-    claimed = header[148:156].strip(b" \0") or b"0"
-    try:
-        number = int(claimed, 8)
-    except ValueError:
-        raise DamagedStreamError("a tar header has a malformed number") from None
-    if number != sum(header[:148]) + sum(header[156:]) + 8 * 0x20:
+    if _octal(header[148:156]) != sum(header[:148]) + sum(header[156:]) + 8 * 0x20:
         raise DamagedStreamError("a tar header fails its checksum")
 
 
 def _tar_size(header: bytes, pax: dict[str, str]) -> int:
     _check_sum(header)
+    if "size" in pax:
+        return _number(pax["size"], 10)
+    if header[124] & 0x80:  # GNU's base-256, for 8 GiB and more
+        return int.from_bytes(header[125:136], "big")
+    return _octal(header[124:136])
+
+
+def _octal(field: bytes) -> int:
+    return _number(field.strip(b" \0").decode("latin-1") or "0", 8)
+
+
+def _number(digits: str, base: int) -> int:
+    """The number; int() alone would take signs, underscores and digits without end."""
     try:
-        if "size" in pax:
-            return int(pax["size"])
-        if header[124] & 0x80:  # GNU's base-256, for 8 GiB and more
-            return int.from_bytes(header[125:136], "big")
-        return int(header[124:136].strip(b" \0") or b"0", 8)
+        if re.fullmatch(r"[0-9]{1,20}", digits):
+            return int(digits, base)
     except ValueError:
-        raise DamagedStreamError("a tar header has a malformed number") from None
+        pass
+    raise DamagedStreamError("a tar header has a malformed number")
 
 
 def _tar_name(header: bytes) -> str:
@@ -99,11 +114,13 @@ def _tar_name(header: bytes) -> str:
 
 def _pax_records(body: bytes) -> dict[str, str]:
     records: dict[str, str] = {}
-    while body:
-        length, _, _ = body.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(body):
+    at = 0
+    while at < len(body):
+        length = _PAX_LENGTH.match(body, at)
+        end = at + int(length[1]) if length else 0
+        if length is None or not length.end() < end <= len(body):
             raise DamagedStreamError("a malformed pax header")
-        record, body = body[len(length) + 1 : int(length)], body[int(length) :]
-        key, _, value = record.rstrip(b"\n").partition(b"=")
+        key, _, value = body[length.end() : end].removesuffix(b"\n").partition(b"=")
         records[key.decode(errors="surrogateescape")] = value.decode(errors="surrogateescape")
+        at = end
     return records

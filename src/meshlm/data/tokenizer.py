@@ -201,9 +201,9 @@ class Tokenizer:
             return False
         return self._added_pattern.search(text, max(0, place - self._longest_added), end) is None
 
-    def count_added(self, text: str) -> int:
-        """How many added tokens `text` spells."""
-        return sum(1 for _ in self._added_pattern.finditer(text))
+    def count_added(self, text: str, *, but: str = "") -> int:
+        """How many added tokens `text` spells, those spelled `but` left out."""
+        return sum(match[0] != but for match in self._added_pattern.finditer(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, uint32, encoded on all cores."""
