@@ -108,6 +108,12 @@ def test_any_declared_end_ends_a_sample(model):
     assert (third.text, third.finish_reason) == ("<|", "stop")
 
 
+def test_an_end_without_a_row_ends_nothing(tmp_path):
+    generation = {"eos_token_id": [2**40, ROWS, -1, SAYS]}
+    model = meshlm.load(write(tmp_path / "m", FILES | {"generation_config.json": generation}))
+    assert model.generate("hi", max_tokens=5, temperature=0).tokens == [SAYS]
+
+
 def test_prompts_are_parsed_unless_asked_otherwise(theirs, model):
     assert model.encode("<|ask|>hi") == [END + 1, *model.tokenizer.encode("hi")]
     assert model.tokenizer.encode("<|ask|>") == [END + 1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meshlm.cli import verify as verify_command
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.data import number_file
 from meshlm.data.inspection import InspectConfig, inspect
@@ -88,6 +89,11 @@ def test_reading(made):
     for start, stop in ((-1, 2), (5, 4), (0, len(raw) + 1)):
         with pytest.raises(ValueError, match="not within"):
             store.read("train", start, stop)
+
+
+def test_verify_ignores_no_option(made):
+    with pytest.raises(UsageError, match="--config test: only the original's checkpoints need one"):
+        verify_command.run(verify_command.Config(path=made, config="test"))
 
 
 def test_verify_finds_one_changed_byte_in_any_file(made, tmp_path):

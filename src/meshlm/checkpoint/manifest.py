@@ -315,7 +315,7 @@ def _from_content(content: Mapping[str, Any]) -> Manifest:
                 for name, f in content["files"].items()
             },
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInputError(
             f"checkpoint: {MANIFEST_NAME} is not of format version {content['version']}: {error}"
         ) from None

@@ -66,7 +66,7 @@ COMMANDS = (
     Command(
         "verify",
         "verify",
-        "check a run, a checkpoint or a token store for damage",
+        "check a run, a checkpoint, weights or a token store for damage",
         prints_result=True,
     ),
     Command("launch local", "launch", "train as several processes on this machine", passes_on=True),

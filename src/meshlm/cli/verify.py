@@ -38,11 +38,20 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prints what is good; raises BadInputError, naming the files, where something is damaged."""
+    """Prints what is good.
+
+    Raises:
+        UsageError: there is nothing that can be verified, or --config does not fit it.
+        BadInputError: something is damaged; the files are named.
+    """
     path = locate(config.path)
     if kind_of(path) in ("hf", "mtj"):
         _verify_weights(config)
         return
+    if config.config is not None:
+        raise UsageError(
+            f"--config {config.config}: only the original's checkpoints need one; leave it"
+        )
     steps = _checkpoints(path)
     if steps is None:
         if not (path / MANIFEST_NAME).is_file():

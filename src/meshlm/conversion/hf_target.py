@@ -57,11 +57,14 @@ class HfTarget(Target):
         special_tokens: SpecialTokens | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """Args: infos: a tensor is cast to the dtype that it has here, once. special_tokens: None
-        for those of the tokenizer.
+        """Plans the files; nothing is written yet.
 
         The format has no place for the embedding bias, which is added to the embedding; nor for
         the optimizer's state, the step and the sidecar, which are left out.
+
+        Args:
+            infos: the dtype that each tensor is cast to, once.
+            special_tokens: None for those of the tokenizer.
 
         Raises:
             UsageError: transformers' GPT-J cannot have this shape.

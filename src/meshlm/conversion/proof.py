@@ -28,6 +28,7 @@ _MAX_METADATA_BYTES = 4096
 # Git's SHA-1 of a small file, SHA-256 of a large one.
 _CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _BLOCK_BYTES = 4 << 20
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def _read_record(path: Path, kind: str) -> Record:
             for name, tensor in side["tensors"].items()
         }
         files = {_plain(name): str(digest) for name, digest in side.get("sha256", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (*_MALFORMED, RecursionError) as error:
         raise BadInputError(
             f"{path} is not a certificate of the weights beside it ({str(error)[:100]}): get it "
             "again, or delete it to use the weights unchecked"

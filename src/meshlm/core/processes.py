@@ -21,7 +21,7 @@ from meshlm.core.address import UnreachableError, is_loopback, look_up, split_ad
 from meshlm.core.errors import MeshLMError
 from meshlm.core.jax_internals import distributed_state
 from meshlm.core.place import ProcessConfig, find_place
-from meshlm.core.roll_call import call_roll, shown
+from meshlm.core.roll_call import call_roll, list_numbers
 from meshlm.core.waiting import Waiting
 from meshlm.core.watch import Watch
 
@@ -189,7 +189,7 @@ def _who_is_missed(key: str, doing: str) -> str:
     with contextlib.suppress(_jax_error()):
         missing = sorted(set(range(_watch.count)) - _heard_at(key).keys())
         text = f"process {_watch.number} waits for {len(missing)} of {_watch.count} processes"
-        text += f" ({shown(missing)})" if missing else ""
+        text += f" ({list_numbers(missing)})" if missing else ""
         return f"{text}, which are still {doing}" if doing else text
     return f"process {_watch.number} waits for the others"
 

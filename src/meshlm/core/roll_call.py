@@ -118,7 +118,7 @@ class _Host:
         self._tell_missing([guest])
 
     def _tell_missing(self, guests: Iterable[socket.socket]) -> None:
-        text = f"wait {shown(self._missing())}"
+        text = f"wait {list_numbers(self._missing())}"
         for guest in guests:
             _send(guest, text)
 
@@ -129,7 +129,7 @@ class _Host:
         missing = self._missing()
         text = (
             f"process 0 waits at {self._address} for {len(missing)} of {self._count} processes; "
-            f"missing: {shown(missing)}"
+            f"missing: {list_numbers(missing)}"
         )
         return f"{text}; {self._doubt}" if self._doubt else text
 
@@ -137,7 +137,7 @@ class _Host:
         missing = self._missing()
         return (
             f"{len(missing)} of {self._count} processes did not come within "
-            f"{self._timeout_s:g} s; missing: {shown(missing)}; "
+            f"{self._timeout_s:g} s; missing: {list_numbers(missing)}; "
             + (f"{self._doubt}; " if self._doubt else "")
             + "look at their logs, or give a longer --join-timeout-s"
         )
@@ -284,7 +284,7 @@ def _is_elsewhere(link: socket.socket) -> bool:
         return False
 
 
-def shown(numbers: list[int]) -> str:
+def list_numbers(numbers: list[int]) -> str:
     """Returns the first twenty numbers as text."""
     return ", ".join(map(str, numbers[:20])) + (" ..." if len(numbers) > 20 else "")
 

@@ -248,21 +248,21 @@ def text_records(
             breaks += sum(chunk.count(b"\n") for chunk in document)
             yield Record(f"{where}:{line + reason[0] - 1}", number, bad=reason[1])
         else:
-            rest = _counted(document)
+            rest = _Counted(document)
             texts = _decoded(itertools.chain(_drain(held), rest), is_cut)
             yield from _document(_pieces(texts, cut_point), where, number)
             breaks += rest.breaks
         line += breaks + (separator or b"").count(b"\n")
 
 
-class _counted:  # noqa: N801 - an iterator like those of itertools
+class _Counted:
     """Chunks; `breaks` counts the line breaks that went by."""
 
     def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
         self.breaks = 0
 
-    def __iter__(self) -> "_counted":
+    def __iter__(self) -> "_Counted":
         return self
 
     def __next__(self) -> bytes:

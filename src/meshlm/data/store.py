@@ -2,12 +2,13 @@
 
 A store is a folder, version 1:
 
-    manifest.json         what is in it (the `Manifest` below, as JSON); written last, so its
-    presence means whole tokenizer.json        the tokenizer, as Hugging Face's `tokenizers` reads
-    it {split}.tokens.bin    token ids of all documents, one after another, each document ended by
-    end-of-text;
-                          little-endian uint16 if the vocabulary has at most 65,536 ids, else uint32
-    {split}.documents.bin index of the first token of each document, little-endian uint64
+    manifest.json           what is in it (the `Manifest` below, as JSON); written last: where it
+                            is, the store is whole
+    tokenizer.json          the tokenizer, as Hugging Face's `tokenizers` reads it
+    {split}.tokens.bin      token ids of all documents, one after another, each document ended by
+                            end-of-text; little-endian uint16 if the vocabulary has at most 65,536
+                            ids, else uint32
+    {split}.documents.bin   index of the first token of each document, little-endian uint64
 
 for the splits `train` and `val`. Nothing depends on the time, the machine or the number of workers:
 the same inputs and options give the same bytes. A store in the making has a folder `unfinished`
@@ -24,7 +25,6 @@ import numpy as np
 
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.core.files import read
 from meshlm.data.inputs import LeftOut
 from meshlm.data.number_file import NumberFile
 from meshlm.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
@@ -222,7 +222,7 @@ class TokenStore:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`. Raises as `TokenStore.open`."""
     try:
-        data = read(path / MANIFEST)
+        data = files.read(path / MANIFEST)
     except OSError:
         if (path / UNFINISHED).is_dir():
             raise BadInputError(

@@ -25,10 +25,22 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 VOCABULARY_FILE, MERGES_FILE, ADDED_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 MAX_FILE_BYTES = 256 << 20
 # transformers' own order, in which it adds those that are missing.
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-_NAMED = (*_NAMED, "mask_token")
-_GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer")
-_GPT2_CLASSES = (*_GPT2_CLASSES, "CodeGenTokenizerFast")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_GPT2_CLASSES = (
+    None,
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "CodeGenTokenizer",
+    "CodeGenTokenizerFast",
+)
 _BEHIND_ALL = 1 << 40
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 

@@ -50,7 +50,9 @@ class Generator:
             max_rows: that are decoded together; None for as many as suit any device.
         """
         self._model = model
-        self._end_ids, self._start_id = tuple(end_ids), start_id
+        # Files may declare any number; an id that is never generated ends nothing.
+        self._end_ids = tuple(id for id in end_ids if 0 <= id < model.shape.allowed_vocab)
+        self._start_id = start_id
         self._token_bytes = token_bytes
         self._max_rows = max_rows
 

@@ -98,7 +98,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(
             f"{where} is not JSON ({error}): each checkpoint has a copy of it"
         ) from None
