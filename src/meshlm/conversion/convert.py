@@ -1,5 +1,6 @@
 """Converting weights from any format into any other, with proof: `convert`."""
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -75,8 +76,8 @@ def convert(
     plan = _Plan.of(source, to, dtype)
     conversion = _Conversion(source, plan, destination, progress)
     with Destination(destination, source.path, plan.num_bytes, force=force) as folder:
-        target = _make_target(source, plan, folder, shards)
-        conversion.write(target)
+        with contextlib.closing(_make_target(source, plan, folder, shards)) as target:
+            conversion.write(target)
         # Not what lies above the folder: another config there is none of this one's.
         written = open_mtj(folder, target.model) if to == "mtj" else open_source(folder)
         result = conversion.check(written, [*source.left_out, *plan.notes, *target.notes])

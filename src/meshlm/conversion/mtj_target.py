@@ -95,6 +95,9 @@ class MtjTarget(Target):
             more = f" and {others} other tensors have" if others else " has"
             self.notes.append(f"sidecar dropped where {first}{more} changed since")
 
+    def close(self) -> None:
+        self._writer.close()
+
     def _leaves(self, slot: Slot, part: Part) -> Sequence[np.ndarray]:
         """Returns every shard's leaf."""
         leaf = slot.leaf

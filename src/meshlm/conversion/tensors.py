@@ -149,6 +149,10 @@ class Target(abc.ABC):
     def finish(self) -> None:
         """Writes what comes after the tensors. The folder is complete when this returns."""
 
+    def close(self) -> None:
+        """Closes the files that are still open, also those of a folder that is given up."""
+        return
+
 
 def native_names(model: ModelConfig, key: PartKey) -> list[str]:
     """Returns the native names of a part's tensors."""
