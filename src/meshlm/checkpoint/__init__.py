@@ -9,9 +9,8 @@ A folder of checkpoints holds one folder per step. Format version 1:
 
 A step is written as `.saving-step_200.1` (the last number counts attempts) and renamed when every
 file and folder in it is on disk, so `step_200` is whole or absent whatever kills the process.
-Whatever is older and no longer kept is renamed to `.deleted-step_N` before it is removed. Names
-that start with a dot are leftovers of a killed process: readers ignore them, `clean_leftovers`
-removes them.
+Whatever is older and no longer kept is renamed to `.deleted-step_N` before it is removed. Under
+these names are leftovers of a killed process: readers ignore them, `clean_leftovers` removes them.
 
 Only what the manifest lists is a checkpoint's: it is damaged where one of these files is missing or
 changed, or where there is another one under a name that Orbax or TensorStore would read. All other
@@ -21,7 +20,8 @@ file that cannot be read for the moment (OSError) is an error, and no damage.
 A step that a run passed over is moved to `aside/step_N` by the first save after it (`step_N.1`
 where that name is taken). Nothing looks for steps there. It is deleted when retention would have
 deleted a good step N: when `keep` newer ones are complete, and for a multiple of `keep_every` when
-another step N is.
+another step N is. A file or link under a step's name is moved there too, and one that is named
+`aside` becomes `aside.1`: neither keeps a step from being saved, and no link's target is touched.
 
 `manifest.json` is canonical JSON (sorted keys, indent 1) with its own SHA-256 under `sha256`, taken
 over the same JSON without that key. A version above this one's is refused.

@@ -7,6 +7,7 @@ never deleted for that: it goes when retention would have deleted a good one of 
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ ASIDE_NAME = "aside"
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _ASIDE = re.compile(_STEP.pattern + r"(\.[1-9][0-9]*)?")
 _SAVING, _DELETED, _REPLACED = ".saving-", ".deleted-", ".replaced-"
+_LEFTOVER = re.compile(rf"({re.escape(_SAVING)}|{re.escape(_DELETED)}){_ASIDE.pattern}")
 
 _log = logging.getLogger(__name__)
 
@@ -56,10 +58,19 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def steps_aside(folder: Path) -> list[tuple[int, Path]]:
-    """Every step that was set aside, oldest first, and where it is."""
-    return sorted(
-        (int(match[1]), path) for match, path in _folders_named(folder / ASIDE_NAME, _ASIDE)
-    )
+    """Every step that was set aside, oldest first, and where it is.
+
+    What a link under the name `aside` leads to is none of this run's.
+    """
+    aside = folder / ASIDE_NAME
+    if not is_own_folder(aside):
+        return []
+    return sorted((int(match[1]), path) for match, path in _folders_named(aside, _ASIDE))
+
+
+def is_own_folder(path: Path) -> bool:
+    """Whether there is a folder under this very name, and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _folders_named(folder: Path, name: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
@@ -108,14 +119,22 @@ def publish(folder: Path, step: int, finished: Path) -> None:
 def set_aside(folder: Path, path: Path) -> Path:
     """Moves what may be a checkpoint into `aside`, whatever is in it, and returns where it is."""
     aside = folder / ASIDE_NAME
+    if os.path.lexists(aside) and not is_own_folder(aside):
+        place = _free_name(aside)
+        aside.rename(place)
+        _log.warning("%s was no folder: it is now %s", aside, place)
     aside.mkdir(exist_ok=True)
-    name = path.name.removeprefix(_REPLACED)
-    places = (aside / name, *(aside / f"{name}.{number}" for number in range(1, 1000)))
-    place = next(place for place in places if not os.path.lexists(place))
+    place = _free_name(aside / path.name.removeprefix(_REPLACED))
     path.rename(place)
     sync_folder(aside)
     sync_folder(folder)
     return place
+
+
+def _free_name(path: Path) -> Path:
+    """Returns the path, or the first of `NAME.1`, `NAME.2`, ... that nothing is at."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
 
 
 def delete_step(folder: Path, path: Path) -> bool:
@@ -153,7 +172,7 @@ def clean_leftovers(folder: Path) -> None:
             elif _STEP.fullmatch(name):
                 set_aside(folder, path)
             continue
-        if path.name.startswith((_SAVING, _DELETED)):
+        if _LEFTOVER.fullmatch(path.name):
             remove_tree(path)
 
 

@@ -27,6 +27,7 @@ from meshlm.checkpoint.folder import (
     clean_leftovers,
     complete_steps,
     delete_step,
+    is_own_folder,
     publish,
     remove_tree,
     saving_path,
@@ -251,6 +252,10 @@ class Checkpointer:
     def _set_others_aside(self, step: int) -> None:
         """Moves steps away that are of no past of this one's; nothing is deleted for a doubt."""
         last = step - 1 if self._resumed is None else self._resumed
+        own = step_path(self._folder, step)
+        if os.path.lexists(own) and not is_own_folder(own):
+            place = set_aside(self._folder, own)
+            _log.warning("%s was no folder of this run's: it is now %s", own, place)
         for other in steps_in(self._folder):
             if other > last and other not in self._saved:
                 place = set_aside(self._folder, step_path(self._folder, other))

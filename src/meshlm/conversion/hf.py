@@ -60,7 +60,7 @@ class _Home(NamedTuple):
 
 
 class HfSource(Source):
-    """The weights of a Hugging Face folder, mapped."""
+    """The weights of a Hugging Face folder, whose files stay open."""
 
     kind = "hf"
     groups: tuple[Group, ...] = ("params",)

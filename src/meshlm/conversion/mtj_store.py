@@ -15,7 +15,7 @@ from meshlm.conversion.npz import NpzFile
 from meshlm.core.errors import BadInputError
 from meshlm.model.config import ModelConfig
 
-# Mapped files are kept open, each with a descriptor, of which a process may have 1,024 or so.
+# Files are kept open, each with a descriptor, of which a process may have 1,024 or so.
 _MOST_OPEN = 128
 _COUNTER_DTYPES = ("int32", "uint32", "int64")
 _WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
@@ -59,7 +59,7 @@ class Store(Reader):
 
 
 class FolderStore(Store):
-    """Shards in a step's folder; what is not deflated is mapped."""
+    """Shards in a step's folder, read array by array."""
 
     def __init__(self, step_folder: Path) -> None:
         """Reads the headers of every array, and no array.
@@ -102,7 +102,7 @@ class FolderStore(Store):
         return self
 
     def release(self) -> None:
-        """Does nothing: what was read lies in mapped files."""
+        """Does nothing: nothing of what was read is kept."""
 
     def _read(self, shard: int, number: int) -> np.ndarray:
         path, place = self._places[shard][number]

@@ -1,11 +1,10 @@
-"""Files of numpy arrays (`np.savez`), read strictly, stored members as views.
+"""Files of numpy arrays (`np.savez`), read strictly, one array at a time.
 
 The members are `arr_0.npy`, `arr_1.npy` and so on, stored or deflated. Every size that the file
 states is compared with the file's own length, and a deflated member is inflated to the length that
 its array has and not a byte further, so that no member can ask for more memory than it should.
 """
 
-import mmap
 import struct
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meshlm.conversion.content import Content, FileContent, MemoryContent
 from meshlm.conversion.npy import Body, NpyHeader, read_header, read_into
 from meshlm.core.errors import BadInputError
 
@@ -27,17 +27,17 @@ _MAX_DIRECTORY_BYTES = 4 << 20
 
 
 class StoredBody(Body):
-    """Bytes that lie as they are in a buffer."""
+    """Bytes that lie as they are in a file."""
 
-    def __init__(self, data: memoryview, where: str) -> None:
-        self._data, self._where, self._at = data, where, 0
+    def __init__(self, content: Content, start: int, stop: int, where: str) -> None:
+        """They are bytes `start` to `stop` of the file."""
+        self._content, self._at, self._stop, self._where = content, start, stop, where
 
     def take(self, num_bytes: int) -> memoryview:
-        data = self._data[self._at : self._at + num_bytes]
-        if len(data) < num_bytes:
+        if num_bytes > self._stop - self._at:
             raise BadInputError(f"{self._where} is cut short: fetch the file again")
         self._at += num_bytes
-        return data
+        return self._content.read(self._at - num_bytes, self._at).data
 
 
 class DeflatedBody(Body):
@@ -99,7 +99,8 @@ class DeflatedBody(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    data: memoryview
+    start: int
+    num_bytes: int
     """As it lies in the file, deflated or not."""
     deflated: bool
     crc: int
@@ -107,25 +108,25 @@ class _Member:
 
 
 class NpzFile:
-    """The arrays of one file, by number; those that are not deflated are views of it."""
+    """The arrays of one file, by number; each is read when it is asked for, and not kept."""
 
-    def __init__(self, data: bytes | memoryview, where: str) -> None:
+    def __init__(self, data: bytes | Content, where: str) -> None:
         """Reads the directory and all headers, no array.
 
         Raises:
             BadInputError: the file is not a whole npz of plain arrays.
         """
         self.where = where
-        self._data = memoryview(data)
+        self._content = data if isinstance(data, Content) else MemoryContent(data)
         self._checked: set[int] = set()
-        infos, end = _directory(self._data, where)
-        _check_cover(self._data, infos, end, where)
+        infos, end = _directory(self._content, where)
+        _check_cover(self._content, infos, end, where)
         self._members = [self._member(info, number) for number, info in enumerate(infos)]
 
     @classmethod
     def open(cls, path: Path) -> "NpzFile":
-        """Returns the file's arrays, mapped."""
-        return cls(_map(path), str(path))
+        """Returns the file's arrays; it stays open."""
+        return cls(_open(path), str(path))
 
     @property
     def headers(self) -> list[NpyHeader]:
@@ -136,20 +137,21 @@ class NpzFile:
         """Returns an array; treat it as read-only.
 
         Raises:
-            BadInputError: its bytes are not the ones that were written.
+            BadInputError: its bytes are not the ones that were written, or the file was cut since
+                it was opened.
+            MeshLMError: it cannot be read now.
         """
         member = self._members[number]
         if member.deflated:
             result = np.empty(member.header.shape, member.header.dtype)
             self.read_into(number, result)
             return result
+        data = self._content.read(member.start, member.start + member.num_bytes)
         if number not in self._checked:
-            self._check(number, zlib.crc32(member.data))
+            self._check(number, zlib.crc32(data))
         order = "F" if member.header.fortran else "C"
-        bytes_of = member.data[member.header.num_bytes :]
-        return np.frombuffer(bytes_of, member.header.dtype).reshape(
-            member.header.shape, order=order
-        )
+        numbers = np.frombuffer(data[member.header.num_bytes :].data, member.header.dtype)
+        return numbers.reshape(member.header.shape, order=order)
 
     def read_into(self, number: int, target: np.ndarray) -> None:
         """Reads an array into `target`, any view of its shape.
@@ -158,7 +160,7 @@ class NpzFile:
             BadInputError: as `read`.
         """
         member, where = self._members[number], self._name(number)
-        body = _body(member.data, member.deflated, where)
+        body = self._body(member.start, member.num_bytes, member.deflated, where)
         read_header(body, where)
         read_into(body, member.header, target)
         if isinstance(body, DeflatedBody):
@@ -174,42 +176,41 @@ class NpzFile:
 
     def _member(self, info: zipfile.ZipInfo, number: int) -> _Member:
         where = self._name(number)
-        start = _start(self._data, info, self.where)
-        data = self._data[start : start + info.compress_size]
-        if len(data) < info.compress_size:
+        start, num_bytes = _start(self._content, info, self.where), info.compress_size
+        if num_bytes > self._content.num_bytes - start:
             raise BadInputError(f"{where} reaches beyond the end of its file: fetch it again")
         deflated = info.compress_type == zipfile.ZIP_DEFLATED
-        header = read_header(_body(data, deflated, where), where)
+        header = read_header(self._body(start, num_bytes, deflated, where), where)
         wanted = header.num_bytes + header.data_bytes
-        if info.file_size != wanted or not (deflated or len(data) == wanted):
+        if info.file_size != wanted or not (deflated or num_bytes == wanted):
             raise BadInputError(
                 f"{where} should have {wanted} bytes by its shape and has {info.file_size}: refused"
             )
-        return _Member(data=data, deflated=deflated, crc=info.CRC, header=header)
+        return _Member(
+            start=start, num_bytes=num_bytes, deflated=deflated, crc=info.CRC, header=header
+        )
+
+    def _body(self, start: int, num_bytes: int, deflated: bool, where: str) -> Body:
+        body = StoredBody(self._content, start, start + num_bytes, where)
+        return DeflatedBody(body, num_bytes, where) if deflated else body
 
     def _name(self, number: int) -> str:
         return f"{self.where} arr_{number}"
 
 
-def _map(path: Path) -> memoryview:
+def _open(path: Path) -> FileContent:
     if not path.is_file():
         raise BadInputError(f"{path} is not a file: fetch the checkpoint again")
-    with open(path, "rb") as file:
-        try:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError:
-            raise BadInputError(f"{path} is empty: fetch it again") from None
+    content = FileContent(path)
+    if not content.num_bytes:
+        raise BadInputError(f"{path} is empty: fetch it again")
+    return content
 
 
-def _body(data: memoryview, deflated: bool, where: str) -> Body:
-    body = StoredBody(data, where)
-    return DeflatedBody(body, len(data), where) if deflated else body
-
-
-def _directory(data: memoryview, where: str) -> tuple[list[zipfile.ZipInfo], int]:
+def _directory(content: Content, where: str) -> tuple[list[zipfile.ZipInfo], int]:
     """Returns the entries of `arr_0.npy`, `arr_1.npy`, ... in this order, and where they begin."""
     try:
-        with zipfile.ZipFile(_Buffer(data)) as file:  # pyright: ignore[reportArgumentType]
+        with zipfile.ZipFile(_Buffer(content)) as file:  # pyright: ignore[reportArgumentType]
             infos, start = file.infolist(), file.start_dir
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
         raise BadInputError(f"{where} is not a whole npz file ({error}): fetch it again") from None
@@ -231,28 +232,29 @@ def _directory(data: memoryview, where: str) -> tuple[list[zipfile.ZipInfo], int
     return [by_name[name] for name in names], start
 
 
-def _check_cover(data: memoryview, infos: list[zipfile.ZipInfo], end: int, where: str) -> None:
+def _check_cover(content: Content, infos: list[zipfile.ZipInfo], end: int, where: str) -> None:
     """Raises BadInputError unless the members fill the file up to `end`, one behind the other."""
     ordered = sorted(infos, key=lambda info: info.header_offset)
     starts = [*(info.header_offset for info in ordered), end]
     if starts[0]:
         raise BadInputError(f"{where} does not begin with its first array: refused")
     for info, after in zip(ordered, starts[1:], strict=True):
-        gap = after - _start(data, info, where) - info.compress_size
+        gap = after - _start(content, info, where) - info.compress_size
         if gap < 0:
             raise BadInputError(f"{where} is a zip whose members overlap: refused")
         if gap not in (_SIZES_BYTES if info.flag_bits & _SIZES_FOLLOW else (0,)):
             raise BadInputError(f"{where} has bytes between its members: refused")
 
 
-def _start(data: memoryview, info: zipfile.ZipInfo, where: str) -> int:
+def _start(content: Content, info: zipfile.ZipInfo, where: str) -> int:
     """Returns where a member's bytes begin, having compared its own header with the directory."""
     offset = info.header_offset
-    if not 0 <= offset <= len(data) - _LOCAL.size:
+    if not 0 <= offset <= content.num_bytes - _LOCAL.size:
         raise BadInputError(f"{where} {info.filename} lies outside of its file: refused")
-    fields = _LOCAL.unpack_from(data, offset)
     name_start = offset + _LOCAL.size
-    name = bytes(data[name_start : name_start + fields[9]])
+    fields = _LOCAL.unpack(content.read(offset, name_start))
+    name_end = min(name_start + fields[9], content.num_bytes)
+    name = content.read(name_start, name_end).tobytes()
     same = name == info.filename.encode() and fields[3] == info.compress_type
     if fields[0] != b"PK\x03\x04" or not same:
         raise BadInputError(f"{where} {info.filename} is not where the directory says: refused")
@@ -260,10 +262,10 @@ def _start(data: memoryview, info: zipfile.ZipInfo, where: str) -> int:
 
 
 class _Buffer:
-    """A buffer as the file that `zipfile` wants, without a copy."""
+    """Content as the file that `zipfile` wants."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, content: Content) -> None:
+        self._content, self._at = content, 0
 
     def seekable(self) -> bool:
         return True
@@ -272,16 +274,17 @@ class _Buffer:
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self._at, len(self._data))[whence]
+        at = offset + (0, self._at, self._content.num_bytes)[whence]
         if at < 0:
             raise OSError("it is too short")
         self._at = at
         return at
 
     def read(self, num_bytes: int = -1) -> bytes:
-        end = len(self._data) if num_bytes < 0 else self._at + num_bytes
-        if min(end, len(self._data)) - self._at > _MAX_DIRECTORY_BYTES:
+        size = self._content.num_bytes
+        end = size if num_bytes < 0 else min(self._at + num_bytes, size)
+        if end - self._at > _MAX_DIRECTORY_BYTES:
             raise OSError(f"its directory is larger than {_MAX_DIRECTORY_BYTES} bytes")
-        result = bytes(self._data[self._at : end])
+        result = self._content.read(self._at, max(self._at, end)).tobytes()
         self._at += len(result)
         return result

@@ -32,7 +32,7 @@ _REFUSED = 3
 def as_safetensors(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Yields the same tensors in safetensors files, one for each of `paths`, that are then removed.
 
-    They may be removed while they are mapped.
+    They may be removed once they are open.
 
     Raises:
         UsageError: torch is not installed, or too old.

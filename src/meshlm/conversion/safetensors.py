@@ -1,4 +1,4 @@
-"""Safetensors files: read as views of a mapping, written tensor by tensor.
+"""Safetensors files: read and written tensor by tensor.
 
 A file is the header's length (8 bytes, little-endian), the header (a JSON object: name -> dtype,
 shape and the range of bytes), and the tensors' bytes, which cover the rest without hole or overlap.
@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from meshlm.conversion.content import Content, FileContent, MemoryContent
 from meshlm.conversion.tensors import TensorInfo
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
@@ -49,7 +50,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Tensors:
-    """The tensors of one file. Each is read as a view: only what is looked at is loaded.
+    """The tensors of one file. Each is read when it is asked for, and not kept.
 
     Attributes:
         infos: shape and dtype by name, in the order of their bytes.
@@ -59,8 +60,8 @@ class Tensors:
     infos: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
-    def __init__(self, content: np.ndarray, where: str) -> None:
-        """Args: content: the whole file, uint8 [n]. where: its name, for messages.
+    def __init__(self, content: Content, where: str) -> None:
+        """Args: content: the whole file. where: its name, for messages.
 
         Raises:
             BadInputError: this is no safetensors file, or its header lies.
@@ -69,20 +70,26 @@ class Tensors:
         self.metadata = _check_metadata(header.pop(_METADATA, {}), where)
         ranges = {name: _check_entry(name, entry, where) for name, entry in header.items()}
         ordered = sorted(ranges.items(), key=lambda item: item[1][1:])
-        _check_cover(ordered, content.size - start, where)
+        _check_cover(ordered, content.num_bytes - start, where)
         self.infos = {name: info for name, (info, _, _) in ordered}
-        self._bytes = {name: content[start + a : start + b] for name, (_, a, b) in ordered}
+        self._content = content
+        self._ranges = {name: (start + a, start + b) for name, (_, a, b) in ordered}
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, read-only; a view unless the file has it unaligned."""
-        info, data = self.infos[name], self._bytes[name]
+        """Returns a tensor, read-only.
+
+        Raises:
+            BadInputError: the file was cut since it was opened.
+            MeshLMError: it cannot be read now.
+        """
+        info, data = self.infos[name], self._content.read(*self._ranges[name])
         if data.ctypes.data % info.dtype.itemsize:
             data = data.copy()
         return data.view(info.dtype).reshape(info.shape)
 
 
 def open_tensors(path: Path) -> Tensors:
-    """Returns the tensors of a file, mapped into memory.
+    """Returns the tensors of a file, which stays open.
 
     Raises:
         UsageError: there is no such file.
@@ -93,13 +100,10 @@ def open_tensors(path: Path) -> Tensors:
     if not path.is_file():
         raise BadInputError(f"{path}: not a file")
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < _LENGTH_BYTES:
-                raise _too_short(str(path))
-            content = np.memmap(file, np.uint8, "r")
+        content = FileContent(path)
     except OSError as error:
         raise BadInputError(f"{path}: cannot be read ({error.strerror})") from None
-    return Tensors(content.view(np.ndarray), str(path))
+    return Tensors(content, str(path))
 
 
 def from_bytes(data: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -108,7 +112,7 @@ def from_bytes(data: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str
     Raises:
         BadInputError: this is no safetensors file, or its header lies; `where` is its name.
     """
-    tensors = Tensors(np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), where)
+    tensors = Tensors(MemoryContent(data), where)
     return {name: tensors.read(name) for name in tensors.infos}, dict(tensors.metadata)
 
 
@@ -197,18 +201,18 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8)
 
 
-def _parse_header(content: np.ndarray, where: str) -> tuple[dict[str, Any], int]:
-    if content.size < _LENGTH_BYTES:
+def _parse_header(content: Content, where: str) -> tuple[dict[str, Any], int]:
+    if content.num_bytes < _LENGTH_BYTES:
         raise _too_short(where)
-    length = int.from_bytes(content[:_LENGTH_BYTES].tobytes(), "little")
+    length = int.from_bytes(content.read(0, _LENGTH_BYTES).tobytes(), "little")
     end = _LENGTH_BYTES + length
-    if end > content.size or length > MAX_HEADER_BYTES:
+    if end > content.num_bytes or length > MAX_HEADER_BYTES:
         raise _bad(
             where,
-            f"its header would be {length} bytes, of {content.size} in the file and at most "
+            f"its header would be {length} bytes, of {content.num_bytes} in the file and at most "
             f"{MAX_HEADER_BYTES}",
         )
-    text = content[_LENGTH_BYTES:end].tobytes()
+    text = content.read(_LENGTH_BYTES, end).tobytes()
     if not text.startswith(b"{"):
         raise _bad(where, "its header is not a JSON object")
 

@@ -5,8 +5,8 @@ the one of `model.params.Params` with the layer's number in it (`blocks.3.query`
 shape, without the leading dim of layers. Beside these a part has its raw tensors: as its files have
 them, under the names that its format uses; the certificate computes from them.
 
-Nothing here holds more than one tensor: `read` gives an array, often a view of a mapped file, that
-the caller drops before it reads the next one.
+Nothing here holds more than one tensor: `read` gives an array, which the caller drops before it
+reads the next one.
 """
 
 import abc

@@ -120,6 +120,21 @@ def open_descriptor(path: Path) -> int:
     return descriptor
 
 
+def read_at(descriptor: int, offset: int, target: memoryview) -> int:
+    """Reads from `offset` on until `target` (of bytes) is full; returns how many bytes there were.
+
+    It is fewer only where the file ends. Unlike a mapped file, one that is cut while it is read is
+    no SIGBUS, which would end the process without a word.
+
+    Raises:
+        OSError: the file cannot be read now.
+    """
+    done = 0
+    while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+        done += count
+    return done
+
+
 def hash_open(descriptor: int) -> str:
     """Returns the SHA-256, in hex, of an open file's whole content; its position stays."""
     digest, offset = hashlib.sha256(), 0

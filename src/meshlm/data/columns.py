@@ -70,7 +70,8 @@ def _parquet(path: str, text_field: str, _: bool) -> Iterator[tuple[Any, Iterato
 def _arrow(path: str, text_field: str, allow_cut: bool) -> Iterator[tuple[Any, Iterator[Any]]]:
     import pyarrow
 
-    with pyarrow.memory_map(path) as file:
+    # Not mapped: a file that is cut while it is read must be an error, and no SIGBUS.
+    with pyarrow.OSFile(path) as file:
         is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
         opened = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)

@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 
 from meshlm.core.errors import BadInputError, MeshLMError
-from meshlm.core.files import hash_open, open_descriptor
+from meshlm.core.files import hash_open, open_descriptor, read_at
 
 _LOOK_EVERY_S = 1.0
 
@@ -65,16 +65,12 @@ class NumberFile:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         numbers = np.empty(stop - start, self._dtype)
-        left = memoryview(numbers.view(np.uint8))
-        offset = start * self._dtype.itemsize
         try:
             self._look()
-            while left:
-                count = os.preadv(self._descriptor, [left], offset)
-                if not count:
-                    self._refuse_other_size(os.fstat(self._descriptor).st_size)
-                    raise self._damaged("it ends too early")
-                left, offset = left[count:], offset + count
+            target = memoryview(numbers.view(np.uint8))
+            if read_at(self._descriptor, start * self._dtype.itemsize, target) < len(target):
+                self._refuse_other_size(os.fstat(self._descriptor).st_size)
+                raise self._damaged("it ends too early")
         except OSError as error:
             raise MeshLMError(
                 f"{self._path}: cannot be read ({error.strerror}): run the same command again when "
