@@ -20,6 +20,7 @@ TEXTS = (
     "<|endoftext|>",
     "the <|ask|> cat<|say|>  at\n<|endoftext|>",
     "<|ask|><|ask|>the\n\n<|say|> \t the [PAD]cat",
+    "1234 567's <|ask|>890",
     "x<|say|>y [pad] [PAD] <|note|> <|end of turn|>é\u3000",
 )
 
@@ -65,6 +66,13 @@ LEGACY = {
     "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, MERGES), ""]),
 }
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+DIGITS_APART = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
 _FLAGS = {k: v for k, v in token("<|say|>", 0, lstrip=True).items() if k != "id"}
 
 FOLDERS: dict[str, dict[str, Any]] = {
@@ -157,6 +165,52 @@ FOLDERS: dict[str, dict[str, Any]] = {
             },
         )
     },
+    "steps that the class ignores": {
+        "tokenizer.json": tokenizer_json(
+            EOT, ASK, normalizer={"type": "NFC"}, pre_tokenizer=DIGITS_APART
+        ),
+        "tokenizer_config.json": {"tokenizer_class": "CodeGenTokenizerFast"},
+    },
+    "steps of the file": {
+        "tokenizer.json": tokenizer_json(EOT, ASK, pre_tokenizer=DIGITS_APART),
+        "tokenizer_config.json": FAST,
+    },
+    "a class of nobody": {
+        "tokenizer.json": tokenizer_json(EOT, ASK, pre_tokenizer=DIGITS_APART),
+        "tokenizer_config.json": {"tokenizer_class": "NobodysTokenizer"},
+    },
+    "a class of null": {
+        "tokenizer.json": tokenizer_json(EOT, ASK, pre_tokenizer=DIGITS_APART),
+        "tokenizer_config.json": {"tokenizer_class": None},
+    },
+    "padding that names its token": {
+        "tokenizer.json": tokenizer_json(
+            EOT,
+            token("[PAD]", END + 1),
+            padding={
+                "strategy": "BatchLongest",
+                "direction": "Left",
+                "pad_to_multiple_of": None,
+                "pad_id": END + 1,
+                "pad_type_id": 0,
+                "pad_token": "[PAD]",
+            },
+        ),
+        "tokenizer_config.json": FAST,
+    },
+    "named twice, with other flags": {
+        "tokenizer.json": tokenizer_json(EOT),
+        "special_tokens_map.json": {
+            "unk_token": "<|say|>",
+            "pad_token": {"content": "<|say|>", "lstrip": True, "rstrip": False},
+        },
+    },
+    "more specials as objects": {
+        "tokenizer.json": tokenizer_json(EOT),
+        "tokenizer_config.json": {
+            "note_token": {"__type": "AddedToken", "content": "<|note|>", "rstrip": True}
+        },
+    },
     "nothing special in texts": {
         "tokenizer.json": tokenizer_json(EOT, ASK),
         "tokenizer_config.json": {"split_special_tokens": True},
@@ -210,6 +264,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             )
         },
         "post_processor adds tokens to every text",
+    ),
+    "a class of another model": (
+        {
+            "tokenizer.json": tokenizer_json(EOT, pre_tokenizer=DIGITS_APART),
+            "tokenizer_config.json": {"tokenizer_class": "GPTNeoXTokenizerFast"},
+        },
+        "tokenizer_class is GPTNeoXTokenizer",
     ),
     "a bos of the class": (
         LEGACY | {"tokenizer_config.json": {"add_bos_token": True}},

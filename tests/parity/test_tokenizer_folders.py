@@ -6,10 +6,20 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from meshlm.core.errors import BadInputError
 from meshlm.data.tokenizer_folder import read_tokenizer
-from tokenizer_folders import FOLDERS, REFUSED, TEXTS, write_files
+from tokenizer_folders import (
+    ASK,
+    DIGITS_APART,
+    EOT,
+    FOLDERS,
+    REFUSED,
+    TEXTS,
+    tokenizer_json,
+    write_files,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -70,3 +80,28 @@ def test_what_is_refused_is_what_transformers_does_to_texts(tmp_path, name):
     assert theirs(text).input_ids != plain(text).input_ids
     with pytest.raises(BadInputError, match=why):
         read_tokenizer(folder)
+
+
+@pytest.mark.long
+def test_each_class_of_transformers_is_followed_or_refused(tmp_path):
+    names = sorted({name for name in TOKENIZER_MAPPING_NAMES.values() if name})
+    files = {"tokenizer.json": tokenizer_json(EOT, ASK, pre_tokenizer=DIGITS_APART)}
+    refused = followed = 0
+    for name in names:
+        settings = {"tokenizer_class": name, "eos_token": "<|endoftext|>"}
+        folder = write_files(tmp_path / name, files | {"tokenizer_config.json": settings})
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+            wanted = [theirs(text).input_ids for text in TEXTS]
+        except Exception:  # these files are not for that class
+            continue
+        try:
+            ours = read_tokenizer(folder).tokenizer.with_special_tokens("parse")
+        except BadInputError as error:
+            assert f"tokenizer_class is {name}".removesuffix("Fast") in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert [ours.encode(text) for text in TEXTS] == wanted, name
+            followed += 1
+    assert refused >= 10
+    assert followed >= 3

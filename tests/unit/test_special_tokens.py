@@ -155,6 +155,13 @@ def test_refusals_are_one_line_with_the_file(tmp_path):
         {"added_tokens.json": {"x": "y"}},
         {"tokenizer.json": tokenizer_json(EOT, token("x" * 2000, END + 1))},
         {"tokenizer.json": tokenizer_json(EOT, token("", END + 1))},
+        {"tokenizer.json": tokenizer_json(EOT, token("<|x|>", END))},
+        {"tokenizer.json": tokenizer_json(EOT, ASK, ASK | {"id": END + 2})},
+        {"added_tokens.json": {"<|x|>": END}},
+        {
+            "tokenizer.json": tokenizer_json(EOT, token("<|x|>", END + 1, special=False)),
+            "tokenizer_config.json": {"split_special_tokens": True},
+        },
         {"tokenizer.json": "{"},
     ],
 )

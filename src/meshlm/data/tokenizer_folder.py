@@ -9,7 +9,7 @@ tokenization_utils_tokenizers.py and models/gpt2/tokenization_gpt2.py.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import NAMES, SpecialTokens
 from meshlm.data.tokenizer import END_OF_TEXT, Tokenizer, from_json, load_gpt2
-from meshlm.data.tokenizer_json import AddedToken, SpecialTokenMode, make_bpe
+from meshlm.data.tokenizer_json import AddedToken, SpecialTokenMode, make_bpe, unusable
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -34,12 +34,30 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
-_GPT2_CLASSES = (
-    None,
-    "GPT2Tokenizer",
-    "GPT2TokenizerFast",
-    "CodeGenTokenizer",
-    "CodeGenTokenizerFast",
+# Without "Fast" at the end, which makes no difference. GPT-J's own class is GPT2Tokenizer. Both
+# take the words and merges of tokenizer.json, and have their own way to cut texts into words.
+_GPT2_CLASSES = ("", "GPT2Tokenizer", "CodeGenTokenizer")
+# So do these, each in another way. Any other class takes tokenizer.json as it is.
+_OTHER_CLASSES = (
+    "BartTokenizer",
+    "BlenderbotTokenizer",
+    "ByT5Tokenizer",
+    "CanineTokenizer",
+    "CohereTokenizer",
+    "DebertaTokenizer",
+    "DiaTokenizer",
+    "GPTNeoXTokenizer",
+    "LEDTokenizer",
+    "LukeTokenizer",
+    "MBart50Tokenizer",
+    "MvpTokenizer",
+    "NougatTokenizer",
+    "PerceiverTokenizer",
+    "Qwen2Tokenizer",
+    "Qwen3_5Tokenizer",
+    "RagTokenizer",
+    "RobertaTokenizer",
+    "WhisperTokenizer",
 )
 _BEHIND_ALL = 1 << 40
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
@@ -100,15 +118,23 @@ def find_tokenizer(folder: Path, tokenizer_class: str | None = None) -> ReadToke
     ):
         return None
     settings = _read_optional(folder / TOKENIZER_CONFIG)
-    is_gpt2 = settings.get("tokenizer_class", tokenizer_class) in _GPT2_CLASSES
+    class_name = str(settings.get("tokenizer_class") or tokenizer_class or "").removesuffix("Fast")
+    is_gpt2 = class_name in _GPT2_CLASSES
     where = str(folder / TOKENIZER_FILE)
     if not has_json:
         where = f"{folder / VOCABULARY_FILE} and {MERGES_FILE}"
     try:
         whole = _read_object(folder / TOKENIZER_FILE) if has_json else _legacy_json(folder)
+        if class_name in _OTHER_CLASSES:
+            raise BadInputError(
+                f"{folder / TOKENIZER_CONFIG}: tokenizer_class is {class_name}, which does not "
+                "encode texts as tokenizer.json says, and MeshLM has no such class; if the model "
+                "was trained with tokenizer.json, set tokenizer_class to PreTrainedTokenizerFast"
+            )
         if not has_json:
             _refuse_added_ends(settings)
-        _set_prefix_space(whole, settings, is_gpt2=is_gpt2 or not has_json)
+        if is_gpt2 or not has_json:
+            whole = _as_gpt2(whole, settings)
         named = _set_added_tokens(whole, folder, settings, is_gpt2=is_gpt2)
         tokenizer = Tokenizer(make_bpe(whole), named["eos_token"])
     except BadInputError as error:
@@ -119,6 +145,13 @@ def find_tokenizer(folder: Path, tokenizer_class: str | None = None) -> ReadToke
             f"{where}, or {TOKENIZER_CONFIG} beside it: a part is malformed ({error})"
         ) from None
     mode: SpecialTokenMode = "text" if settings.get("split_special_tokens") is True else "parse"
+    ordinary = next((token.content for token in tokenizer.added if not token.special), None)
+    if mode == "text" and ordinary is not None:
+        raise BadInputError(
+            f"{folder / TOKENIZER_CONFIG}: split_special_tokens is true, and {ordinary[:40]!r} is "
+            "an added token that is not special: MeshLM parses all added tokens or none; set "
+            "split_special_tokens to false, or special to true"
+        )
     texts: dict[str, Any] = {name: named[name] for name in NAMES}
     return ReadTokenizer(tokenizer, SpecialTokens(**texts, mode=mode))
 
@@ -166,7 +199,7 @@ def _legacy_json(folder: Path) -> dict[str, Any]:
     return {
         "added_tokens": [],
         "decoder": _BYTE_LEVEL,
-        "pre_tokenizer": dict(_BYTE_LEVEL),
+        "pre_tokenizer": _BYTE_LEVEL,
         "model": {
             "vocab": _read_object(folder / VOCABULARY_FILE),
             "merges": [line for line in lines if line],
@@ -185,13 +218,19 @@ def _refuse_added_ends(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _set_prefix_space(whole: dict[str, Any], settings: Mapping[str, Any], *, is_gpt2: bool) -> None:
-    """GPT2Tokenizer's own setting counts, and not that of the file."""
-    step = whole.get("pre_tokenizer")
-    if is_gpt2 and isinstance(step, dict) and step.get("type") == "ByteLevel":
-        whole["pre_tokenizer"] = step | {
-            "add_prefix_space": settings.get("add_prefix_space") is True
-        }
+def _as_gpt2(whole: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what GPT2Tokenizer makes of a tokenizer.json: all else in it has no effect there."""
+    model = {
+        name: whole["model"][name] for name in ("type", "vocab", "merges") if name in whole["model"]
+    }
+    return {
+        "added_tokens": whole["added_tokens"],
+        "decoder": _BYTE_LEVEL,
+        "pre_tokenizer": _BYTE_LEVEL
+        | {"add_prefix_space": settings.get("add_prefix_space") is True},
+        "post_processor": whole.get("post_processor"),
+        "model": model,
+    }
 
 
 def _set_added_tokens(
@@ -201,6 +240,8 @@ def _set_added_tokens(
     listed = settings.get("added_tokens_decoder")
     extra = {} if listed is not None else _read_optional(folder / SPECIAL_TOKENS_MAP)
     declared = {**settings, **extra}
+    if not is_gpt2 and whole.get("padding"):
+        declared.setdefault("pad_token", whole["padding"]["pad_token"])
     named = {name: _content(declared.get(name)) for name in _NAMED}
     known = {token["content"] for token in whole["added_tokens"]} | whole["model"]["vocab"].keys()
     # GPT2Tokenizer's own defaults; where another eos is declared, they are not added for that.
@@ -213,18 +254,28 @@ def _set_added_tokens(
     if listed is None:
         for text, token in _read_optional(folder / ADDED_FILE).items():
             is_special = text in specials
-            added[text] = {"id": token, "special": is_special, "normalized": not is_special}
+            added[text] = {
+                "content": text,
+                "id": token,
+                "special": is_special,
+                "normalized": not is_special,
+            }
     added |= {entry["content"]: entry for entry in whole["added_tokens"]}
     for token, entry in (listed or {}).items():
         added[entry["content"]] = {**entry, "id": int(token)}
+    _check_each_once(whole["added_tokens"], added)
     values = [declared.get(name) or named[name] for name in _NAMED]
+    new: dict[str, int] = {}
     for value in [*values, *_other_specials(declared)]:
         text = _content(value)
         if text is None:
             continue
         flags = {k: v for k, v in value.items() if k != "__type"} if isinstance(value, dict) else {}
-        new = {"id": _BEHIND_ALL + len(added), **flags}
-        added[text] = {**added.get(text, new), "special": True}
+        if text not in added or text in new:
+            # Where it is named twice, its last flags count.
+            new.setdefault(text, _BEHIND_ALL + len(added))
+            added[text] = {"id": new[text], **flags}
+        added[text]["special"] = True
     fields = [field.name for field in dataclasses.fields(AddedToken)]
     whole["added_tokens"] = [
         {name: value for name, value in entry.items() if name in fields} | {"content": text}
@@ -233,10 +284,36 @@ def _set_added_tokens(
     return named
 
 
+def _check_each_once(
+    entries: Sequence[Mapping[str, Any]], added: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raises BadInputError where added tokens share an id, or one is listed twice.
+
+    Args:
+        entries: of tokenizer.json.
+        added: those of all files, by content.
+    """
+    contents: set[str] = set()
+    ids: dict[int, str] = {}
+    for entry in (*entries, *added.values()):
+        content = entry["content"]
+        other = ids.setdefault(entry["id"], content)
+        if other != content:
+            raise unusable(
+                f"its added tokens {other[:40]!r} and {content[:40]!r} both have id {entry['id']}, "
+                f"there or in {ADDED_FILE} or {TOKENIZER_CONFIG}: delete the wrong one"
+            )
+    for content in (entry["content"] for entry in entries):
+        if content in contents:
+            raise unusable(f"its added token {content[:40]!r} is listed twice: delete one")
+        contents.add(content)
+
+
 def _other_specials(declared: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the special tokens beside the usual ones, in transformers' order."""
     for name, value in declared.items():
-        if name.endswith("_token") and name not in _NAMED and isinstance(value, str):
+        is_token = isinstance(value, str) or (isinstance(value, dict) and "__type" in value)
+        if name.endswith("_token") and name not in _NAMED and is_token:
             yield value
     value = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     yield from value.values() if isinstance(value, dict) else value
