@@ -20,6 +20,8 @@ from meshlm.conversion.opening import open_source
 from meshlm.conversion.safetensors import to_bytes
 from meshlm.conversion.tensors import Source, part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
+from meshlm.data.special_tokens import SpecialTokens
+from meshlm.data.tokenizer_folder import read_tokenizer
 from meshlm.model.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -39,7 +41,7 @@ TENSORS = {
     for key in part_keys(MODEL)
     for name, shape in hf_shapes(MODEL, key).items()
 }
-CONFIG = json.dumps(make_config(MODEL, "float32", 20))
+CONFIG = json.dumps(make_config(MODEL, "float32", SpecialTokens(eos_token_ids=(20,))))
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 24207819307\n"
 # As PEFT 0.18 writes it, shortened.
 ADAPTER = {
@@ -378,6 +380,13 @@ def test_a_pointer_that_an_option_names(tmp_path, option):
     folder = files(model(tmp_path / "m").parent, other__json=POINTER)
     with pytest.raises(BadInputError, match=r"other\.json is a Git LFS pointer"):
         open_source(tmp_path / "m", **{option: str(folder / "other.json")})
+
+
+def test_a_pointer_in_place_of_the_tokenizer_for_data(tmp_path):
+    folder = files(tmp_path / "t", tokenizer__json=POINTER)
+    for path in (folder, folder / "tokenizer.json"):
+        with pytest.raises(BadInputError, match=r"tokenizer\.json is a Git LFS pointer"):
+            read_tokenizer(path)
 
 
 def test_pointers_that_do_no_harm(tmp_path):

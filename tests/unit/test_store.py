@@ -169,7 +169,9 @@ def test_inspect(made):
     text = inspect(InspectConfig(path=str(made)))
     for part in ("gpt2", "Document 0: some words, ünïcode", "in.jsonl", "--- val", "bytes/token"):
         assert part in text
-    shown = json.loads(inspect(InspectConfig(path=str(made), json=True, samples=2)))
+    text = inspect(InspectConfig(path=str(made), json=True, samples=2))
+    assert text.isascii()
+    shown = json.loads(text)
     assert len(shown["samples"]["train"]) == 2
     assert shown["splits"]["val"]["num_tokens"] == TokenStore.open(made).num_tokens("val")
 

@@ -9,9 +9,10 @@ from meshlm.conversion.mtj import is_mtj, open_mtj
 from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES, looks_like_old_config, parse_old_config
 from meshlm.conversion.native import CONFIG_FILE, is_native, open_native, read_model
 from meshlm.conversion.proof import require_proof
-from meshlm.conversion.recognition import locate, refuse_pointer, refuse_unusable, unknown
+from meshlm.conversion.recognition import locate, refuse_unusable, unknown
 from meshlm.conversion.tensors import Kind, Source
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.lfs import refuse_pointer
 from meshlm.core.waiting import Waiting
 from meshlm.data.special_tokens import SpecialTokens, fits
 from meshlm.data.tokenizer_folder import ReadTokenizer, read_tokenizer
@@ -61,9 +62,8 @@ def _open(
     path: Path, config: str | Path | None, tokenizer: str | None, allow_pickle: bool
 ) -> Source:
     refuse_unusable(path)
-    for given in (tokenizer, config):
-        if given is not None:
-            refuse_pointer(given)
+    if config is not None:
+        refuse_pointer(Path(config))
     own = None if tokenizer is None else read_tokenizer(tokenizer)
     kind = kind_of(path)
     if kind == "mtj":

@@ -17,10 +17,9 @@ from typing import Any
 
 from meshlm.conversion.hf_files import SHARD, find_weights
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
+from meshlm.core.lfs import is_pointer
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_LFS_HEAD = b"version https://git-lfs.github.com/spec/v1\n"
-_MAX_POINTER_BYTES = 1024
 _MAX_JSON_BYTES = 1 << 20
 _MOST_NAMES = 10_000
 _SHOWN = 3
@@ -118,15 +117,6 @@ def refuse_unusable(path: Path) -> None:
             raise error
 
 
-def refuse_pointer(file: str | Path) -> None:
-    """Raises BadInputError where a file that an option names is Git LFS's stand-in for another."""
-    if is_pointer(Path(file)):
-        raise BadInputError(
-            f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
-            f"{Path(file).parent}, or download it again"
-        )
-
-
 def unknown(path: Path, is_model: Callable[[Path], bool]) -> MeshLMError:
     """Returns the error of a path that holds no weights which can be read.
 
@@ -153,17 +143,6 @@ def unknown(path: Path, is_model: Callable[[Path], bool]) -> MeshLMError:
 def no_weights(folder: Path) -> MeshLMError:
     """Returns the error of a Hugging Face folder without weights."""
     return unknown(folder, lambda path: find_weights(path) is not None)
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether a file is Git LFS's stand-in for another."""
-    try:
-        if path.stat().st_size > _MAX_POINTER_BYTES:
-            return False
-        with path.open("rb") as file:
-            return file.read(len(_LFS_HEAD)) == _LFS_HEAD
-    except OSError:
-        return False
 
 
 def _pointers(contents: Contents) -> MeshLMError | None:

@@ -1,5 +1,6 @@
 """`meshlm data inspect`: what a token store holds, for people and for programs."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ def inspect(config: InspectConfig) -> str:
     """What to print for the store at `config.path`. Raises as `TokenStore.open`."""
     store = TokenStore.open(config.path)
     if config.json:
-        return msgspec.json.encode(describe(store, config.samples)).decode()
+        # In ASCII: what a terminal's encoding lacks would be escaped, and be no JSON any more.
+        return json.dumps(describe(store, config.samples), allow_nan=False)
     return render(store, config.samples)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from meshlm.core.lfs import begins_as_pointer
 from meshlm.data import compression
 from meshlm.data.parsing import find_field, string_fields, text_field_hint
 from meshlm.data.records import BOM, MAX_DOCUMENT_BYTES, NOT_JSON, json_values, without_bom
@@ -104,7 +105,6 @@ def _left_out(reason: str, *, is_fatal: bool = False) -> Found:
     return Found(kind="left out", reason=reason, is_fatal=is_fatal)
 
 
-_LFS = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
 _MARKUP = re.compile(rb"\s*<(?:!doctype|html|\?xml|head|body|error)\b", re.IGNORECASE)
 _UTF16, _UTF32 = (b"\xff\xfe", b"\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
@@ -197,7 +197,7 @@ def _container(head: bytes, expected: str | None) -> str | None:
 
 def _foreign(head: bytes, expected: str | None, named: bool) -> str | None:
     """The reason for which the bytes are no text and no JSON, or None."""
-    if _LFS.match(head):
+    if begins_as_pointer(head):
         return "it is a Git LFS pointer, not the file itself: run git lfs pull"
     if expected and _MARKUP.match(head):
         return (

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.lfs import refuse_pointer
 from meshlm.data.special_tokens import NAMES, SpecialTokens
 from meshlm.data.tokenizer import END_OF_TEXT, Tokenizer, from_json, load_gpt2
 from meshlm.data.tokenizer_json import AddedToken, SpecialTokenMode, make_bpe, unusable
@@ -350,6 +351,7 @@ def _read_text(path: Path) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        refuse_pointer(path)
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BadInputError(f"{path}: over {MAX_FILE_BYTES >> 20} MiB, too large for this file")
         return files.read(path)
