@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from apps import CONTEXT
+from meshlm.conversion.mtj_tokens import read_kept_tokens
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data import bpe, records
 from meshlm.data.prepare import PrepareConfig, prepare
@@ -141,6 +142,15 @@ def test_refusals_are_one_line_with_the_file(tmp_path):
             find_tokenizer(folder)
         assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_why_a_file_cannot_be_read_is_said(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff{}")
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: not UTF-8 text"):
+        find_tokenizer(tmp_path)
+    (tmp_path / "special_tokens.json").write_bytes(b" " * ((1 << 20) + 1))
+    with pytest.raises(BadInputError, match=r"special_tokens\.json: over 1 MiB"):
+        read_kept_tokens(tmp_path)
 
 
 @pytest.mark.parametrize(

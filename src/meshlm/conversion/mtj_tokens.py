@@ -60,8 +60,9 @@ def read_kept_tokens(folder: Path) -> KeptTokens | None:
     path = folder / SPECIAL_TOKENS_FILE
     if not path.is_file():
         return None
+    data = _read(path, _MAX_BYTES)
     try:
-        content = json.loads(_read(path, _MAX_BYTES))
+        content = json.loads(data)
     except (ValueError, RecursionError):
         raise BadInputError(f"{path}: not JSON; convert again") from None
     special_tokens = from_dict(SpecialTokens, content, str(path))

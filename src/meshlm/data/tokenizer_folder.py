@@ -333,8 +333,9 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
     try:
-        loaded = json.loads(_read_text(path))
+        loaded = json.loads(text)
     except (ValueError, RecursionError):
         loaded = None
     if not isinstance(loaded, dict):
