@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -97,6 +98,27 @@ def test_files_beside_the_tensors(copies, tmp_path, name):
         check_all(open_source(copies["hf"]))
     with pytest.raises(BadInputError, match=f"{name} is not as it was written"):
         convert(open_source(copies["hf"]), tmp_path / "out", to="meshlm")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to(path.name),
+        lambda path: path.symlink_to("gone"),
+    ],
+    ids=["pipe", "folder", "circle", "dangling"],
+)
+def test_a_certificate_that_is_no_file_is_not_taken_for_none(copies, make, tmp_path):
+    path = copies["hf"] / CERTIFICATE_FILE
+    path.unlink()
+    make(path)
+    with pytest.raises(BadInputError, match="is no file, or a link that leads to none"):
+        check_all(open_source(copies["hf"]))
+    with pytest.raises(BadInputError, match="is no file, or a link that leads to none"):
+        convert(open_source(copies["hf"]), tmp_path / "out", to="meshlm")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ Source: huggingface_hub 1.7, file_download.py and _local_folder.py.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,11 @@ def find_record(source: Source) -> Record | None:
         path = folder / CERTIFICATE_FILE
         if path.is_file():
             return _read_record(path, source.kind)
+        if os.path.lexists(path):
+            raise BadInputError(
+                f"{path} is no file, or a link that leads to none: get it again, or delete it to "
+                "use the weights unchecked"
+            )
         if source.kind != "mtj":
             break
     return None
