@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,44 @@ def test_another_programs_state_is_a_text(tmp_path):
         assert names(find_inputs([str(tmp_path)], exclude=tmp_path / "none").files) == [
             "state.json"
         ]
+
+
+def test_parquet_pages_are_checked_where_they_have_checksums(tmp_path):
+    path, words = tmp_path / "a.parquet", "The fox sleeps in the old barn."
+    table = pa.table({"text": [f"{words} {i}" for i in range(50)]})
+    parquet.write_table(
+        table,
+        path,
+        compression="none",
+        write_page_checksum=True,
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    assert len(texts(path)) == 50
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"sleeps in", b"slaeps in", 1))
+    with pytest.raises(BadInputError, match=r"damaged \(.*CRC"):
+        texts(path)
+
+
+def test_what_pyarrow_says_of_damage_reaches_the_message(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["word " * 50] * 2000}), path, compression="none")
+    data = bytearray(path.read_bytes())
+    data[4:40] = b"\xff" * 36  # the header of the first page
+    path.write_bytes(data)
+    with pytest.raises(BadInputError, match=r"damaged \([^()]{10}"):
+        texts(path)
+
+
+def test_tables_are_not_mapped(tmp_path):
+    """A file that is cut while it is read is an error; mapped, it would end the process."""
+    path = write(pa.table({"text": ["word " * 200] * 20_000}), tmp_path / "a.feather")
+    (file,) = find_inputs([str(path)], exclude=path / "none").files
+    records = FileReader(file, Reading()).records()
+    next(records)
+    maps = Path("/proc/self/maps").read_text()
+    assert str(path) not in maps
+    os.truncate(path, 10_000)
+    with pytest.raises(BadInputError, match=r"a\.feather"):
+        list(records)

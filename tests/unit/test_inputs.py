@@ -124,3 +124,15 @@ def test_json_names_of_usual_names_are_these_names():
         assert to_json_name(name) == name
     assert to_json_name(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
     assert printable(os.fsdecode(b"caf\xe9\n\x1b[1m")) == "caf\\xe9\\n\\x1b[1m"
+
+
+def test_nothing_to_read_is_said_with_what_is_left_out(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"no file found there but .*pipe: not a regular file"):
+        find(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_datasets_state_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "state.json")
+    (tmp_path / "a.txt").write_text("words")
+    assert relative(tmp_path, find(tmp_path).files) == ["a.txt"]

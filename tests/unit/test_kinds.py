@@ -503,3 +503,52 @@ def test_sniffing_a_large_object_stops(tmp_path, monkeypatch):
     assert found.kind == "text"
     assert seen <= 17
     assert sum(map(len, peeked.chunks())) == 100 * 65_536
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+@pytest.mark.parametrize(
+    "first", ["{}", '{"header": 1}', '{"header": "x"}', '{"text": null}', "null", "# v1"]
+)
+def test_an_odd_first_line_makes_no_text_of_json_lines(tmp_path, first, in_folder):
+    (tmp_path / "a.json").write_bytes(first.encode() + b"\n" + LINES.rstrip())
+    reader = reader_of(tmp_path / "a.json", in_folder=in_folder)
+    parsed = [Parser().documents(record)[0] for record in reader.records()]
+    assert reader.kind == "jsonl"
+    assert [d.bad is not None for d in parsed] == [True] + [False] * 5
+    assert [d.text for d in parsed[1:]] == TALES
+
+
+@pytest.mark.parametrize("first", [[None], [{}], [None, {}, {"id": 1}]])
+def test_an_odd_first_value_makes_no_text_of_a_list(tmp_path, first):
+    (tmp_path / "a.json").write_text(json.dumps([*first, *OBJECTS]))
+    reader = reader_of(tmp_path / "a.json", in_folder=True)
+    parsed = [Parser().documents(record)[0] for record in reader.records()]
+    assert reader.kind == "json"
+    assert [d.text for d in parsed if not d.bad] == TALES
+    assert sum(d.bad is not None for d in parsed) == len(first)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "# Format\n\nOne object a line, for example:\n\n"
+        + '{"text": "a"}\n{"text": "b"}\n'
+        + "\nDone.\n",
+        json.dumps([{"kind": "x"}, {"kind": "y"}, {"kind": "z"}, {"text": "note"}]),
+    ],
+)
+def test_a_few_objects_with_a_text_make_no_records_of_a_text(tmp_path, data):
+    assert read(tmp_path / "a.md", data.encode(), in_folder=True) == ("text", [data])
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "a\x01", "", "é.ü", "__class__"])
+def test_any_name_of_a_field(tmp_path, name):
+    data = json.dumps({name or " ": "tale"}) + "\n"
+    assert read(tmp_path / "a.jsonl", data.encode(), text_field=name or " ") == ("jsonl", ["tale"])
+
+
+def test_half_of_a_pair_is_said(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
+    parsed = [Parser().documents(r)[0] for r in reader_of(tmp_path / "a.jsonl").records()]
+    assert parsed[0].bad == "a \\u escape is half of a UTF-16 pair, which is no character"
+    assert parsed[1].text == "\U0001f600"

@@ -143,7 +143,7 @@ def tar_of(**members: bytes) -> bytes:
 
 def contents(data: bytes) -> dict[str, bytes]:
     found = tar_members(ByteSource(chunked(data, 1000)))
-    return {name: b"".join(content) for name, _, content in found}
+    return {one.name: b"".join(one.content) for one in found}
 
 
 def test_tar_padding_and_joined_archives():

@@ -19,7 +19,7 @@ import zstandard
 from rich.console import Console
 
 from meshlm.core.errors import BadInputError, BusyError, MeshLMError, UsageError
-from meshlm.data import journal, prepare, sample
+from meshlm.data import batches, journal, prepare, sample
 from meshlm.data.inspection import render
 from meshlm.data.names import from_json_name
 from meshlm.data.parsing import Parser
@@ -695,3 +695,57 @@ def test_documents_of_one_field_are_held_out_alone(tmp_path):
         held.append((tmp_path / "out/val.tokens.bin").read_bytes())
     assert held[0] == held[1] == held[2]
     assert len(held[0]) > 60
+
+
+@pytest.mark.parametrize(
+    ("separator", "hint"),
+    [
+        ("\n\n", r"; files with Windows' line ends have \r\n"),
+        ("\\n", r"; a shell writes"),
+        ("~", ""),
+    ],
+)
+def test_a_separator_that_splits_nothing_is_said(tmp_path, separator, hint):
+    said = io.StringIO()
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}')
+    config = PrepareConfig(
+        paths=(str(tmp_path),), out=str(tmp_path / "out"), split_on=separator, val_fraction=0.0
+    )
+    prepare.prepare(config, Console(file=said))
+    assert f"stands between no two texts, so nothing was split{hint}" in said.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_separator_that_splits_is_not_talked_about(tmp_path, name):
+    said = io.StringIO()
+    (tmp_path / name).write_text('{"text": "one~two"}')
+    config = PrepareConfig(
+        paths=(str(tmp_path / name),), out=str(tmp_path / "out"), split_on="~", val_fraction=0.0
+    )
+    prepare.prepare(config, Console(file=said))
+    assert "nothing was split" not in said.getvalue()
+
+
+def test_an_input_that_cannot_be_read_again_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("words")
+    run([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.0)
+
+    def fails(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(batches, "hash_file", fails)
+    with pytest.raises(UsageError, match=r"a\.txt: cannot read it \(Permission denied\)"):
+        run([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.0)
+
+
+def test_a_size_of_many_digits_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(UsageError, match="no size has so many digits"):
+        run([tmp_path / "a.txt"], tmp_path / "out", tokenizer="train:" + "9" * 5000)
+
+
+def test_names_in_what_inspect_prints_are_one_line(tmp_path):
+    (tmp_path / "a\n\x1b[31m.txt").write_text("words")
+    run([tmp_path / "a\n\x1b[31m.txt"], tmp_path / "out", val_fraction=0.0)
+    assert r"a\n\x1b[31m.txt: " in render(TokenStore.open(tmp_path / "out"), 0)

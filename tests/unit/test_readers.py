@@ -145,7 +145,7 @@ def test_tar_members_equal_tarfile(kind, long_name):
             member.type, member.linkname = member_type, "/etc/passwd"
             archive.addfile(member)
     found = tar_members(ByteSource(chunked(buffer.getvalue(), 100)))
-    assert {name: b"".join(content) for name, _, content in found} == contents
+    assert {one.name: b"".join(one.content) for one in found} == contents
 
 
 def _tar(**members: bytes) -> bytes:
@@ -195,7 +195,7 @@ def _pax(records: bytes) -> bytes:
 )
 def test_tar_sizes_that_are_no_sizes(data):
     members = tar_members(ByteSource(iter([data + bytes(2048)])))
-    parts = (part for _, _, content in members for part in content)
+    parts = (part for member in members for part in member.content)
     with pytest.raises(DamagedStreamError, match="malformed"):
         list(itertools.islice(parts, 9))  # a wrong size gave parts without end
 
@@ -393,3 +393,14 @@ def test_binary_files_in_folders_are_passed_over_but_not_when_named(tmp_path):
     assert (record.left_out, record.last) == ("binary: byte 0 is NUL", False)
     assert reader.kind == "left out"
     assert read(tmp_path / "a.bin")[0].bad
+
+
+FIVE = b"words".ljust(512, b"\0")
+
+
+def test_tar_members_of_unknown_types_are_named(tmp_path):
+    data = _header(b"5", b"Z") + FIVE + _header(b"5", b"0") + FIVE + bytes(1024)
+    (tmp_path / "a.tar").write_bytes(data)
+    first, second = read(tmp_path / "a.tar")
+    assert (first.where, first.left_out) == ("!x", "a tar member of an unknown type (b'Z')")
+    assert second.text == "words"

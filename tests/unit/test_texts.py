@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.cli.texts import _other_encoding, read_text, text_of_word
+from meshlm.cli.texts import read_text, text_of_word
 from meshlm.core.errors import UsageError
+from meshlm.data.kinds import encoding_without_mark
 
 TEXT = "The boats came back\r\nbefore the rain.\n"
 AS_IT_IS = [
@@ -51,7 +52,7 @@ def test_other_encoding_is_named(encoding: str, mark: str, tmp_path: Path) -> No
 
 @given(st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"])))
 def test_text_without_nul_is_never_taken_for_another_encoding(text: str) -> None:
-    assert _other_encoding(text.encode()) is None
+    assert encoding_without_mark(text.encode()) is None
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,7 @@ import sys
 from pathlib import Path
 
 from meshlm.core.errors import UsageError
-
-_MARKS = (
-    ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
-    ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
-)
+from meshlm.data.kinds import encoding_of, encoding_without_mark
 
 
 def text_of_word(word: str, option: str) -> str:
@@ -37,7 +33,7 @@ def read_text(path: Path, option: str) -> str:
             data, what = path.read_bytes(), f"{option} {path}"
         except OSError as error:
             raise UsageError(f"{option} {path}: {error.strerror}") from None
-    if (encoding := _other_encoding(data)) is not None:
+    if encoding := encoding_of(data) or encoding_without_mark(data):
         raise UsageError(f"{what} is {encoding}: convert it: iconv -f {encoding} -t UTF-8")
     return _decode(data.removeprefix(codecs.BOM_UTF8), what)
 
@@ -47,23 +43,3 @@ def _decode(data: bytes, what: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} is not UTF-8: {error}") from None
-
-
-def _other_encoding(data: bytes) -> str | None:
-    """Returns UTF-16 or UTF-32 where a mark says so, or where most characters have NUL bytes.
-
-    A NUL here and there is a character of UTF-8 like any other.
-    """
-    for name, marks in _MARKS:
-        if data.startswith(marks):
-            return name
-    for name, width in (("UTF-32", 4), ("UTF-16", 2)):
-        count = len(data) // width
-        if not count or len(data) % width:
-            continue
-        nuls = [data[at::width].count(0) for at in range(width)]
-        if nuls[0] == 0 and all(2 * n > count for n in nuls[1:]):
-            return f"{name}LE"
-        if nuls[-1] == 0 and all(2 * n > count for n in nuls[:-1]):
-            return f"{name}BE"
-    return None

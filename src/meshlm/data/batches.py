@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from meshlm.core.errors import BadInputError
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.inputs import InputFile
 from meshlm.data.journal import Ended, Plan, Position, Totals
 from meshlm.data.names import to_json_name
@@ -74,6 +74,14 @@ def read_batches(
         yield batch
 
 
+def hash_input(path: str) -> str:
+    """The sha256 of an input file. Raises UsageError if it cannot be read."""
+    try:
+        return hash_file(path).sha256
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read it ({error.strerror})") from None
+
+
 def check_ended(
     inputs: Sequence[InputFile], began_with: Plan, totals: Totals, *, allow_truncated: bool
 ) -> None:
@@ -93,7 +101,7 @@ def check_ended(
                 f"{file.path}: the file is truncated and was read with --allow-truncated: "
                 "give that again, or begin again with --force"
             )
-        if not is_same and hash_file(file.path).sha256 != ended.sha256:
+        if not is_same and hash_input(file.path) != ended.sha256:
             raise BadInputError(
                 f"{file.path}: the file changed since the work on it began; "
                 "begin again with --force"

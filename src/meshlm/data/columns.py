@@ -57,7 +57,13 @@ def table_records(path: str, kind: str, text_field: str, *, allow_cut: bool) -> 
 def _parquet(path: str, text_field: str, _: bool) -> Iterator[tuple[Any, Iterator[Any]]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
+    with pyarrow.parquet.ParquetFile(
+        path,
+        memory_map=False,
+        buffer_size=1 << 20,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    ) as table:
         schema = table.schema_arrow
         _check_column(schema, text_field)
         steps = _steps(schema, text_field)

@@ -41,6 +41,7 @@ class Encoded:
         left_out: (file, where, reason) of files and members that are not read.
         num_marked: documents in which end-of-text is written out.
         num_boms: documents with a byte-order mark within.
+        num_split: documents that begin after a separator.
         num_spelled: special tokens but end-of-text that texts spell and that were encoded as text.
     """
 
@@ -55,6 +56,7 @@ class Encoded:
     num_marked: int = 0
     num_boms: int = 0
     num_spelled: int = 0
+    num_split: int = 0
 
 
 def split_of(source: int, document: Record, val_fraction: float) -> str:
@@ -90,6 +92,7 @@ class Encoder:
                 encoded.left_out.append((source, record.where, record.left_out))
                 continue
             encoded.num_ended += record.last
+            encoded.num_split += record.last and record.part > 0
             if record.bad:
                 encoded.bad.append((encoded.num_ended, source, record.where, record.bad))
                 continue

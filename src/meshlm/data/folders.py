@@ -82,6 +82,8 @@ def plan_folder(folder: str, names: Sequence[str]) -> FolderPlan:
 
 def _plan_dataset(folder: str, names: Sequence[str], plan: FolderPlan) -> None:
     path = os.path.join(folder, _STATE)
+    if not os.path.isfile(path):
+        return  # a named pipe would be waited for
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_STATE_BYTES)

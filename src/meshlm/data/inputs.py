@@ -73,10 +73,11 @@ def find_inputs(paths: Sequence[str], *, exclude: Path) -> Inputs:
     files: dict[tuple[int, int], InputFile] = {}
     left_out: dict[str, LeftOut] = {}
     for given in paths:
-        count = 0
+        count, skipped = 0, None
         for found, named in _expand(given, _identity(str(exclude))):
             if isinstance(found, LeftOut):
                 left_out.setdefault(found.path, found)
+                skipped = skipped or found
                 continue
             status = _status(found)
             count += 1
@@ -90,7 +91,8 @@ def find_inputs(paths: Sequence[str], *, exclude: Path) -> Inputs:
                 ),
             )
         if not count:
-            raise UsageError(f"{given}: no file found there")
+            why = f" but what is left out ({skipped.path}: {skipped.reason})" if skipped else ""
+            raise UsageError(f"{given}: no file found there{why}")
     return Inputs(files=list(files.values()), left_out=list(left_out.values()))
 
 

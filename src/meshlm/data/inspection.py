@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from tyro.conf import Positional
 
+from meshlm.data.names import printable
 from meshlm.data.store import SPLITS, Counts, SplitCounts, TokenStore
 
 _SAMPLE_TOKENS = 64
@@ -100,7 +101,7 @@ def _by_name(title: str, counts: dict[str, Counts]) -> list[str]:
         return []
     largest = sorted(counts.items(), key=lambda item: (-item[1].num_tokens, item[0]))
     lines = [f"{title}: {len(counts):,}"]
-    lines += [f"  {_printable(name)}: {_counts(c)}" for name, c in largest[:_SHOWN_SOURCES]]
+    lines += [f"  {printable(name)}: {_counts(c)}" for name, c in largest[:_SHOWN_SOURCES]]
     if len(largest) > _SHOWN_SOURCES:
         lines.append(f"  and {len(largest) - _SHOWN_SOURCES:,} more")
     return lines

@@ -79,6 +79,7 @@ class Totals:
     num_marked: int = 0
     num_boms: int = 0
     num_spelled: int = 0
+    num_split: int = 0
     bad_examples: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
@@ -100,6 +101,7 @@ class Totals:
         self.num_marked += other.num_marked
         self.num_boms += other.num_boms
         self.num_spelled += other.num_spelled
+        self.num_split += other.num_split
         self.left_out += other.left_out
         self.bad_examples = [*self.bad_examples, *other.bad_examples][:MAX_BAD_EXAMPLES]
 

@@ -56,11 +56,14 @@ class Judge:
             f"{first}: mend the input, or allow more with --max-bad-documents"
         )
 
-    def check_result(self, totals: Totals, left_out: Sequence[LeftOut]) -> Iterator[str]:
+    def check_result(
+        self, totals: Totals, left_out: Sequence[LeftOut], *, split_on: str = ""
+    ) -> Iterator[str]:
         """Yields notes on all that was found.
 
         Args:
             left_out: what was not read beside `totals.left_out`.
+            split_on: the separator that was asked for, or "".
 
         Raises:
             BadInputError: too much is bad, or there is nothing to train on.
@@ -89,6 +92,8 @@ class Judge:
         yield from _first(f"left out: {one.path}: {one.reason}" for one in left_out)
         for example in totals.bad_examples:
             yield f"bad: {example}"
+        if split_on and not totals.num_split:
+            yield _split_nothing(split_on)
         yield from _marks(totals)
         if self._val_fraction and not counts["val"].num_tokens:
             yield (
@@ -120,6 +125,15 @@ def _first(lines: Iterable[str]) -> Iterator[str]:
     yield from itertools.islice(lines, _SHOWN)
     if more := sum(1 for _ in lines):
         yield f"and {more} more; the manifest has all of them"
+
+
+def _split_nothing(separator: str) -> str:
+    hint = ""
+    if "\\n" in separator or "\\t" in separator:
+        hint = "; a shell writes a line break within $'...'"
+    elif "\n" in separator and "\r" not in separator:
+        hint = "; files with Windows' line ends have \\r\\n"
+    return f"--split-on {separator!r} stands between no two texts, so nothing was split{hint}"
 
 
 def _marks(totals: Totals) -> Iterator[str]:

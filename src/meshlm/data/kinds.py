@@ -28,6 +28,7 @@ from meshlm.data.tar import BLOCK_BYTES, is_header
 
 Format = Literal["auto", "text", "json"]
 LOOK_BYTES = 8 << 10
+_LOOK_VALUES = 100  # of JSON: the first may be a header, empty, or null
 
 LABELS = {
     "jsonl": "JSON lines",
@@ -145,6 +146,24 @@ def encoding_of(head: bytes) -> str | None:
     return "UTF-16" if head.startswith(_UTF16) else None
 
 
+def encoding_without_mark(head: bytes) -> str | None:
+    """The encoding of mostly Latin text in UTF-16 or UTF-32, from where its NUL bytes are."""
+    if head.startswith(BOM):
+        return None
+    for encoding in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+        unit = 4 if "32" in encoding else 2
+        whole = head[: len(head) // unit * unit]
+        low = 0 if encoding.endswith("LE") else unit - 1
+        count = len(whole) // unit
+        zeros = [whole[i::unit].count(0) for i in range(unit)]
+        if zeros[low] or any(2 * z < count for i, z in enumerate(zeros) if i != low):
+            continue
+        text = whole.decode(encoding, errors="replace")
+        if 0 < count <= 1.1 * sum(c.isprintable() or c.isspace() for c in text):
+            return encoding
+    return None
+
+
 def find_kind(
     peeked: Peeked, name: str, *, named: bool, text_field: str, format: Format = "auto"
 ) -> Found:
@@ -170,7 +189,7 @@ def find_kind(
         )
     if format == "text":
         return Found(kind="text")
-    look = _look_at_json(peeked)
+    look = _look_at_json(peeked, text_field)
     if format == "json" or expected == "jsonl":
         return Found(kind=look.kind if look else "jsonl")
     found = _text_or_json(look, named, text_field)
@@ -211,7 +230,7 @@ def _foreign(head: bytes, expected: str | None, named: bool) -> str | None:
             return f"it is {what}" if named else what
     if b"\0" not in head:
         return None
-    if encoding := _encoding_without_mark(head):
+    if encoding := encoding_without_mark(head):
         return (
             f"{encoding} without a byte-order mark, it seems: "
             f"convert it: iconv -f {encoding} -t UTF-8"
@@ -222,22 +241,6 @@ def _foreign(head: bytes, expected: str | None, named: bool) -> str | None:
     if named or expected:
         return None  # what was asked for is text, or says in which line it is not
     return f"binary: byte {head.index(0)} is NUL"
-
-
-def _encoding_without_mark(head: bytes) -> str | None:
-    """The encoding of mostly Latin text in UTF-16 or UTF-32, from where its NUL bytes are."""
-    for encoding in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
-        unit = 4 if "32" in encoding else 2
-        whole = head[: len(head) // unit * unit]
-        low = 0 if encoding.endswith("LE") else unit - 1
-        count = len(whole) // unit
-        zeros = [whole[i::unit].count(0) for i in range(unit)]
-        if zeros[low] or any(2 * z < count for i, z in enumerate(zeros) if i != low):
-            continue
-        text = whole.decode(encoding, errors="replace")
-        if 0 < count <= 1.1 * sum(c.isprintable() or c.isspace() for c in text):
-            return encoding
-    return None
 
 
 def _beginning(head: bytes) -> str:
@@ -255,45 +258,78 @@ class _Json:
     is_list: bool
 
 
-_MAY_BE_JSON = re.compile(rb"\s*(?:\[\s*)?\{\s*[\"}]")
+_MAY_BE_JSON = re.compile(rb"\s*(?:\[\s*(?:null\s*,\s*)*)?\{\s*[\"}]")
 
 
-def _look_at_json(peeked: Peeked) -> _Json | None:
+def _look_at_json(peeked: Peeked, text_field: str) -> _Json | None:
     """What JSON the content begins with, None if it is none."""
     head = peeked.head(LOOK_BYTES)
-    if not _MAY_BE_JSON.match(head.removeprefix(BOM)):
+    may_be_json = _MAY_BE_JSON.match(head.removeprefix(BOM)) is not None
+    found = _first_values(peeked, text_field) if may_be_json else None
+    return found or _damaged_lines(peeked, text_field, is_likely=may_be_json)
+
+
+def _first_values(peeked: Peeked, text_field: str) -> _Json | None:
+    """What is found where values follow one another and the first object is whole."""
+    values: list[bytes] = []
+    is_many = False
+    for value, reason in json_values(without_bom(peeked.growing(MAX_DOCUMENT_BYTES))):
+        if reason == NOT_JSON:
+            return None
+        is_many = bool(values) or reason is not None
+        values += [value] if value not in (None, b"null") else []
+        enough = len(values) >= _LOOK_VALUES or sum(map(len, values)) > CHUNK_BYTES
+        if reason or (enough and is_many):
+            break
+    if not values or _object(values[0]) is None:
         return None
-    values = json_values(without_bom(peeked.growing(MAX_DOCUMENT_BYTES)))
-    first, _ = next(values, (None, None))
-    decoded = _object(first or b"")
-    if first is None or decoded is None:
-        return _damaged_lines(peeked)
-    second, reason = next(values, (None, None))
-    if reason == NOT_JSON:
-        return None
+    head = peeked.head(LOOK_BYTES)
     is_list = head.removeprefix(BOM).lstrip().startswith(b"[")
-    end = head.index(b"{") + len(first)
+    end = head.index(b"{") + len(values[0])
     follows = peeked.head(end + LOOK_BYTES)[end:].lstrip(b" \t\r")
-    is_line = b"\n" not in first and (not follows or follows.startswith(b"\n"))
+    is_line = b"\n" not in values[0] and (not follows or follows.startswith(b"\n"))
+    objects = [decoded for value in values if (decoded := _object(value)) is not None]
     return _Json(
         kind="json" if is_list or not is_line else "jsonl",
-        first=decoded,
-        is_many=is_list or second is not None or reason is not None,
+        first=_with_field(objects, text_field),
+        is_many=is_list or is_many,
         is_list=is_list,
     )
 
 
-def _damaged_lines(peeked: Peeked) -> _Json | None:
-    """JSON lines whose first line is damaged, told by two that are whole; None if it is not so."""
-    lines = peeked.head(CHUNK_BYTES).split(b"\n")[1:-1]
-    objects = (decoded for line in lines if (decoded := _object(line)))
-    first, second = next(objects, None), next(objects, None)
-    if first is None or second is None:
+def _damaged_lines(peeked: Peeked, text_field: str, *, is_likely: bool) -> _Json | None:
+    """JSON lines among others, such as a damaged or odd first line; None if it is not so.
+
+    Args:
+        is_likely: the content begins as JSON does, so that two whole lines tell. Else half of the
+            lines must be objects, with the text in one of them.
+    """
+    head = peeked.head(CHUNK_BYTES + 1)
+    lines = head.split(b"\n")
+    lines = [line for line in (lines if len(head) <= CHUNK_BYTES else lines[:-1]) if line.strip()]
+    objects = [decoded for line in lines if (decoded := _object(line))]
+    if len(objects) < 2:
+        return None
+    first = _with_field(objects, text_field)
+    has_text = isinstance(find_field(first, text_field), str)
+    if not is_likely and not (has_text and 2 * len(objects) >= len(lines)):
         return None
     return _Json(kind="jsonl", first=first, is_many=True, is_list=False)
 
 
+def _with_field(objects: list[dict[str, Any]], text_field: str) -> dict[str, Any]:
+    """The object that stands for all: one with a text in the field, if the first or half of them
+    have it; else the first that has the field or any text; else the first."""
+    with_text = [one for one in objects if isinstance(find_field(one, text_field), str)]
+    if with_text and (with_text[0] is objects[0] or 2 * len(with_text) >= len(objects)):
+        return with_text[0]
+    return next((one for one in objects if string_fields(one) or text_field in one), objects[0])
+
+
 def _object(data: bytes) -> dict[str, Any] | None:
+    data = data.strip()
+    if not data.startswith(b"{"):
+        return None
     try:
         decoded = msgspec.json.decode(data)
     except (ValueError, RecursionError):

@@ -1,5 +1,7 @@
 """Records to documents: JSON is parsed, the field with the text is found, and texts are split."""
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +9,9 @@ import msgspec
 
 from meshlm.data.records import Record, document_key, not_utf8
 
+_INDIRECT = re.compile(r'[."\\\x00-\x1f]')
+"""In names that msgspec's structs cannot have, and in those that may go one level down."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHOWN_CANDIDATES = 5
 _SHOWN_NAME_CHARACTERS = 40
 
@@ -23,11 +28,13 @@ class Parser:
     def __init__(self, text_field: str = "text", split_on: str | None = None) -> None:
         self._field = text_field
         self._split_on = split_on or None
+        self._is_direct = not _INDIRECT.search(text_field)
         fields: list[Any] = [("text", str)]
         if text_field != "meta":
             fields.append(("meta", Any, None))
-        line = msgspec.defstruct("Line", fields, rename={"text": text_field})
-        decoder = msgspec.json.Decoder(Any if "." in text_field else line)
+        names = {"text": text_field} if self._is_direct else None
+        line = msgspec.defstruct("Line", fields, rename=names)
+        decoder = msgspec.json.Decoder(line if self._is_direct else Any)
         self._decode: Callable[[bytes], Any] = decoder.decode
 
     def documents(self, record: Record) -> list[Record]:
@@ -41,7 +48,7 @@ class Parser:
     def _parsed(self, record: Record) -> Record:
         try:
             line = self._decode(record.line or b"")
-            if "." in self._field:
+            if not self._is_direct:
                 text, meta = text_at(line, self._field), line.get("meta")
             else:
                 text, meta = line.text, getattr(line, "meta", None)
@@ -75,7 +82,18 @@ class Parser:
                 # The typed decoder stops at the first wrong value, and what follows is no JSON.
                 return self._reason(damage, line)
             return f"no text: {error}{text_field_hint(names)}"
+        if _SURROGATE.search(line) and _is_json(line):
+            return "a \\u escape is half of a UTF-16 pair, which is no character"
         return f"not JSON: {error}"
+
+
+def _is_json(line: bytes) -> bool:
+    """Whether Python's parser, which allows halves of UTF-16 pairs, takes the line."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def text_at(value: Any, field: str) -> str:

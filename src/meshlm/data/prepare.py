@@ -24,7 +24,7 @@ from tyro.conf import Positional
 
 from meshlm.core import files
 from meshlm.core.errors import MeshLMError, StoppedError, UsageError
-from meshlm.data.batches import Batch, check_ended, read_batches
+from meshlm.data.batches import Batch, check_ended, hash_input, read_batches
 from meshlm.data.display import Display
 from meshlm.data.encode import Encoded, Submit, encoders
 from meshlm.data.inputs import Inputs, LeftOut, find_inputs
@@ -60,6 +60,7 @@ from meshlm.data.tokenizer_json import SpecialTokenMode
 _DATA_FILES = tuple(name for s in SPLITS for name in (tokens_file(s), documents_file(s)))
 _FLUSH_EVERY_S = 5.0
 _WAITING_BYTES = 64 << 20
+_MAX_DIGITS = 20
 _BYTES_PER_WORKER = 2 << 20  # of input: starting a process costs as much as encoding this
 
 
@@ -215,6 +216,8 @@ def _vocab_size_to_learn(config: PrepareConfig) -> int | None:
     size = config.tokenizer.removeprefix("train:")
     if not (size.isascii() and size.isdigit()):
         raise UsageError(f"--tokenizer {config.tokenizer}: give a size, for example train:4096")
+    if len(size) > _MAX_DIGITS:  # int() has a limit of its own
+        raise UsageError(f"--tokenizer train:{size[:_MAX_DIGITS]}...: no size has so many digits")
     return int(size)
 
 
@@ -238,7 +241,7 @@ def _finished(plan: Plan, inputs: Inputs, out: Path) -> Manifest | None:
     difference = Plan(options=manifest.options, inputs=before).difference(plan)
     if difference is None:
         for file, source in zip(inputs.files, manifest.sources, strict=True):
-            if hash_file(file.path).sha256 != source.sha256:
+            if hash_input(file.path) != source.sha256:
                 difference = f"the content of {file.path} changed"
                 break
     if difference:
@@ -324,7 +327,9 @@ class _Preparation:
         if self._config.special_tokens is not None:
             tokenizer = tokenizer.with_special_tokens(self._config.special_tokens)
         totals = self._encode(plan, tokenizer)
-        for note in self._judge.check_result(totals, self._left_out):
+        for note in self._judge.check_result(
+            totals, self._left_out, split_on=self._config.split_on or ""
+        ):
             self._note(note)
         return self._manifest(plan, totals, tokenizer)
 
@@ -412,6 +417,7 @@ class _Preparation:
                 num_marked=encoded.num_marked,
                 num_boms=encoded.num_boms,
                 num_spelled=encoded.num_spelled,
+                num_split=encoded.num_split,
                 bad_examples=[
                     f"{self._name(source, where)}: {why}" for _, source, where, why in encoded.bad
                 ],

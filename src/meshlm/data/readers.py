@@ -244,8 +244,12 @@ class FileReader:
 
     def _tar(self, peeked: Peeked) -> Iterator[Record]:
         try:
-            for name, _, chunks in tar_members(ByteSource(peeked.chunks())):
-                if not is_hidden(name):
+            for name, _, chunks, left_out in tar_members(ByteSource(peeked.chunks())):
+                if is_hidden(name):
+                    continue
+                if left_out:
+                    yield Record(f"!{name}", 0, last=False, left_out=left_out)
+                else:
                     yield from self._member(name, chunks)
         except EOFError:
             if not self._reading.allow_truncated:

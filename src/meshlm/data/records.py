@@ -35,7 +35,7 @@ class Record(NamedTuple):
         text: text, where `line` is None.
         key: 8 bytes that choose by hash; of the first part, for all parts.
         set_name: the Pile's `meta.pile_set_name`, where the reader knows it.
-        part: its number among the documents that one field was split into, from 0.
+        part: its number among the documents that one text or field was split into, from 0.
         first: begins its document.
         last: ends its document.
         bad: the reason why it is no document, or None.
@@ -246,11 +246,12 @@ def text_records(
             breaks = sum(chunk.count(b"\n") for chunk in held)
         if reason:
             breaks += sum(chunk.count(b"\n") for chunk in document)
-            yield Record(f"{where}:{line + reason[0] - 1}", number, bad=reason[1])
+            place = f"{where}:{line + reason[0] - 1}"
+            yield Record(place, number, part=index, bad=reason[1])
         else:
             rest = _Counted(document)
             texts = _decoded(itertools.chain(_drain(held), rest), is_cut)
-            yield from _document(_pieces(texts, cut_point), where, number)
+            yield from _document(_pieces(texts, cut_point), where, number, index)
             breaks += rest.breaks
         line += breaks + (separator or b"").count(b"\n")
 
@@ -271,14 +272,15 @@ class _Counted:
         return chunk
 
 
-def _document(pieces: Iterator[str], where: str, number: int) -> Iterator[Record]:
+def _document(pieces: Iterator[str], where: str, number: int, part: int) -> Iterator[Record]:
     key = b""
     following = next(pieces, "")
     first = True
     while following or first:
         piece, following = following, next(pieces, "")
         key = key or document_key(piece)
-        yield Record(where, number, text=piece, key=key, first=first, last=not following)
+        last = not following
+        yield Record(where, number, text=piece, key=key, part=part, first=first, last=last)
         first = False
 
 

@@ -38,7 +38,7 @@ class ByteSource:
 
     def parts(self, count: int) -> Chunks:
         """The next `count` bytes as chunks. Raises EOFError if there are fewer."""
-        while count:
+        while count > 0:
             if self.at_end():
                 raise EOFError
             part = self._buffer[self._position : self._position + count]

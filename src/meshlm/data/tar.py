@@ -2,12 +2,32 @@
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from meshlm.data.streams import ByteSource, Chunks, DamagedStreamError, RefusedStreamError
 
 _MAX_HEADER_BYTES = 1 << 20
 _PAX_LENGTH = re.compile(rb"([0-9]{1,7}) ")
 BLOCK_BYTES = 512
+_FILES = (b"0", b"\0", b"7")
+_WITHOUT_TEXT = (b"1", b"2", b"3", b"4", b"5", b"6", b"D", b"V")
+"""Links, devices, folders, pipes, and the name of the whole archive."""
+
+
+class Member(NamedTuple):
+    """A member of an archive that holds text, or may do.
+
+    Attributes:
+        name: bytes that are not UTF-8 are surrogates, as `os.fsdecode` gives them.
+        size_bytes: of the content.
+        content: in chunks.
+        left_out: why the content is not the file's text, or "".
+    """
+
+    name: str
+    size_bytes: int
+    content: Chunks
+    left_out: str = ""
 
 
 def is_header(block: bytes) -> bool:
@@ -19,14 +39,12 @@ def is_header(block: bytes) -> bool:
     return len(block) == BLOCK_BYTES and any(block)
 
 
-def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
-    """Name, size in bytes and content of each regular file in a tar archive (ustar, GNU or pax).
+def tar_members(source: ByteSource) -> Iterator[Member]:
+    """Each regular file in a tar archive (ustar, GNU or pax), and what is of no known type.
 
     Unlike tarfile, it reads no header of more than a mebibyte, and does not take a damaged header
     for the archive's end. An archive that follows the end of another is read too; `tar` would leave
     it out.
-
-    Names that are not UTF-8 hold surrogates, as `os.fsdecode` gives them.
 
     Raises:
         EOFError: the archive stops before its end mark.
@@ -45,12 +63,12 @@ def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
             if not is_header(header):
                 raise DamagedStreamError("bytes that are no tar header follow the archive's end")
         size, kind = _tar_size(header, pax), header[156:157]
-        if kind in b"xLgK":
+        if kind in b"xXgLK":
             if size > _MAX_HEADER_BYTES:
                 raise DamagedStreamError(f"a tar header of {size} bytes")
             body = source.take(size)
             source.take(-size % BLOCK_BYTES)
-            if kind == b"x":
+            if kind in b"xX":  # Solaris writes a capital
                 pax = _pax_records(body)
             elif kind == b"L":
                 long_name = body.rstrip(b"\0").decode(errors="surrogateescape")
@@ -62,12 +80,19 @@ def tar_members(source: ByteSource) -> Iterator[tuple[str, int, Chunks]]:
                 f"member {name} is a sparse file: pack the archive again without tar's --sparse"
             )
         content = source.parts(size)
-        if kind in b"0\x007":
-            yield name, size, content
+        if kind not in _WITHOUT_TEXT:
+            yield Member(name, size, content, _reason(kind))
         for _ in content:
             pass
         source.take(-size % BLOCK_BYTES)
         long_name, pax = None, {}
+
+
+def _reason(kind: bytes) -> str:
+    """Why the content of a member of this type is not the text of a file, or ""."""
+    if kind == b"M":
+        return "the rest of a file that begins in another volume of the archive"
+    return "" if kind in _FILES else f"a tar member of an unknown type ({kind!r})"
 
 
 def _up_to(source: ByteSource, count: int) -> Chunks:
