@@ -347,6 +347,9 @@ CHANGES = {
     "tool_choice": "required",
     "tools": [{"type": "function"}],
     "verbosity": "high",
+    "top_logprobs": 1,
+    "best_of": 2,
+    "echo": True,
     "web_search_options": {},
 }
 

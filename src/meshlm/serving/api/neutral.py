@@ -11,7 +11,7 @@ Neutral = Mapping[str, tuple[Any, ...]]
 """Name of a field -> its neutral values beside null."""
 
 # Of completions and of chats: a client that serves both sends the same fields to either.
-REQUEST_NEUTRAL: Neutral = {
+REQUEST_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),

@@ -118,6 +118,7 @@ class SamplingFields(Strict):
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
+    neutral: ClassVar[Neutral] = REQUEST_NEUTRAL | {"top_logprobs": (0,)}
     prompt: PromptField = None
     best_of: int | None = None
     echo: bool | None = None
@@ -152,6 +153,7 @@ class ChatMessage(Strict):
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
+    neutral: ClassVar[Neutral] = REQUEST_NEUTRAL | {"best_of": (1,), "echo": (False,)}
     messages: Annotated[list[ChatMessage], FailFast()]
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
