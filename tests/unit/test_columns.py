@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from meshlm.core.errors import BadInputError
+from meshlm.data.folders import plan_folder
 from meshlm.data.inputs import find_inputs
 from meshlm.data.readers import FileReader, Reading
 from meshlm.data.records import Record
@@ -168,6 +170,22 @@ def test_a_saved_dataset(tmp_path):
     }
     by_pattern = find_inputs([f"{folder}/*"], exclude=tmp_path / "none")
     assert sorted(names(by_pattern.files)) == sorted(names(found.files))
+
+
+def test_many_shards_take_linear_time(tmp_path):
+    def cpu_s(count: int) -> float:
+        names = [f"data-{i:05}.arrow" for i in reversed(range(count))]
+        state = {"_data_files": [{"filename": name} for name in names]}
+        (tmp_path / "state.json").write_text(json.dumps(state))
+        listed, times = [*sorted(names), "state.json"], []
+        for _ in range(5):
+            began_s = time.process_time()
+            plan = plan_folder(str(tmp_path), listed)
+            times.append(time.process_time() - began_s)
+            assert plan.order == names
+        return min(times)
+
+    assert cpu_s(60_000) < 3 * cpu_s(30_000)
 
 
 def test_a_saved_dict_of_datasets(tmp_path):

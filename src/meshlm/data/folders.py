@@ -102,15 +102,17 @@ def _plan_dataset(folder: str, names: Sequence[str], plan: FolderPlan) -> None:
         )
     files = state["_data_files"]
     entries = files if isinstance(files, list) else [None]
+    present, ordered = set(names), dict[str, None]()
     for entry in entries:
         name = entry.get("filename") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or name not in names:
+        if not isinstance(name, str) or name not in present:
             raise BadInputError(
                 f"{path}: names the data file {printable(str(name))}, which is not in the folder: "
                 "get the whole dataset again"
             )
-        plan.order.append(name)
+        ordered[name] = None
+    plan.order = list(ordered)
     plan.left_out[_STATE] = _METADATA["dataset_info.json"]
     for name in names:
-        if name.endswith(".arrow") and name not in plan.order:
+        if name.endswith(".arrow") and name not in ordered:
             plan.left_out[name] = f"not among the data files of {_STATE}"

@@ -193,8 +193,7 @@ def _entries(folder: str) -> Iterator[_Found]:
     if plan.reason:
         yield LeftOut(path=folder, reason=plan.reason)
         return
-    ordered = [*plan.order, *(name for name in names if name not in plan.order)]
-    for name in ordered:
+    for name in dict.fromkeys([*plan.order, *names]):
         if is_hidden(name):
             continue
         path = os.path.join(folder, name)
