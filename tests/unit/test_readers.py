@@ -404,3 +404,13 @@ def test_tar_members_of_unknown_types_are_named(tmp_path):
     first, second = read(tmp_path / "a.tar")
     assert (first.where, first.left_out) == ("!x", "a tar member of an unknown type (b'Z')")
     assert second.text == "words"
+
+
+def test_a_zstd_frame_without_its_checksum_keeps_its_last_block():
+    data = zstandard.ZstdCompressor(write_checksum=True).compress(CONTENT[:5000])
+    for cut in range(1, 5):
+        chunks = decompress(iter([data[:-cut]]), ".zst")
+        parts = []
+        with pytest.raises(EOFError):
+            parts.extend(chunks)
+        assert b"".join(parts) == CONTENT[:5000]

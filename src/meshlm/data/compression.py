@@ -195,8 +195,9 @@ def _zstd_frame(
         head = source.take(3)
         number = int.from_bytes(head, "little")
         last, kind, length = number & 1, number >> 1 & 3, number >> 3
-        body = source.take((1 if kind == 1 else length) + (4 if last and has_checksum else 0))
-        yield decoder.decompress(head + body)
+        yield decoder.decompress(head + source.take(1 if kind == 1 else length))
+    if has_checksum:
+        yield decoder.decompress(source.take(4))
 
 
 def _check_zstd_header(window: bytes, has_dictionary: bool, content_size: int) -> None:
