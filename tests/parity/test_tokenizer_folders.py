@@ -42,6 +42,8 @@ def test_ids_are_those_of_transformers(tmp_path, name):
     assert len(ours.added) == len(theirs.added_tokens_decoder)
     for key, text in special_tokens.texts.items():
         assert getattr(theirs, key) == text, key
+    named = {text for text in special_tokens.texts.values() if text is not None}
+    assert set(theirs.all_special_tokens) == named | set(special_tokens.others)
     check_texts(theirs, ours.with_special_tokens(special_tokens.mode), TEXTS)
 
 

@@ -29,6 +29,8 @@ from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer
 from meshlm.model.config import ModelConfig
+from meshlm.serving.api.prompts import Vocabulary
+from meshlm.serving.api.tokens import tokenizer_info
 from meshlm.serving.config import EngineConfig
 from meshlm.serving.engine import Engine
 from meshlm.serving.requests import Finished, Piece, Request
@@ -50,7 +52,13 @@ MODEL = ModelConfig(
 )
 FILES = {
     "tokenizer.json": tokenizer_json(EOT, ASK, SAY | {"lstrip": True}),
-    "tokenizer_config.json": {"eos_token": "<|say|>", "pad_token": "<|ask|>", "unk_token": None},
+    "tokenizer_config.json": {
+        "eos_token": "<|say|>",
+        "pad_token": "<|ask|>",
+        "sep_token": "<|say|>",
+        "unk_token": None,
+        "extra_special_tokens": ["<|ask|>"],
+    },
     "generation_config.json": {"eos_token_id": [SAYS, 3], "temperature": 0.7, "do_sample": True},
 }
 IDS = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END + 1}
@@ -61,6 +69,8 @@ DECLARED = SpecialTokens(
     bos_token="<|endoftext|>",
     eos_token="<|say|>",
     pad_token="<|ask|>",
+    sep_token="<|say|>",
+    others=("<|ask|>",),
     mode="parse",
 )
 
@@ -143,6 +153,15 @@ def test_a_server_ends_at_any_of_them(model):
     assert [e.reason for e in events if isinstance(e, Finished)] == ["stop", "length"]
 
 
+def test_a_server_tells_the_end_and_its_id_together(model, tmp_path):
+    told = tokenizer_info(Vocabulary.of(served(model)))
+    assert (told["eos_token"], told["eos_token_id"]) == ("<|say|>", SAYS)
+    # config.json and the tokenizer's files may name different ends: the model ends at the former.
+    other = write(tmp_path / "m", FILES | {"generation_config.json": {"eos_token_id": END}})
+    told = tokenizer_info(Vocabulary.of(served(meshlm.load(other))))
+    assert (told["eos_token"], told["eos_token_id"]) == ("<|endoftext|>", END)
+
+
 @pytest.mark.parametrize(
     "way", [("hf",), ("meshlm", "hf"), ("mtj", "hf"), ("mtj", "meshlm", "mtj", "hf")]
 )
@@ -167,6 +186,7 @@ def test_every_format_keeps_what_is_declared(theirs, tmp_path, way):
         assert read(folder, name)["pad_token_id"] == END + 1
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         assert read(folder, name)["eos_token"] == "<|say|>"
+        assert read(folder, name)["additional_special_tokens"] == ["<|ask|>"]
     assert read(folder, "tokenizer_config.json")["unk_token"] is None
     assert "unk_token" not in read(folder, "special_tokens_map.json")
 

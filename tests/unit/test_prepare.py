@@ -206,7 +206,7 @@ def test_stopped_again_and_again_when_all_but_the_manifest_is_there(
     """A regression: the second stop there once made the third run begin anew, behind what was
     there."""
 
-    def stop(*_):
+    def stop(*_, **__):
         raise _KilledError
 
     for _ in range(3):
@@ -356,7 +356,7 @@ def _jsonl(path: Path, total: int, bad: dict[int, bytes]) -> Path:
         (b'{"text": 3, "k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON nested too deep"),
         (b'{"text": "a', "not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": "\\ud800"}', "not JSON"),
+        (b'{"text": "\\ud800"}', "half of a UTF-16 pair"),
         (b'{"text": "a", "k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON nested too deep"),
     ],
 )
@@ -651,7 +651,7 @@ def test_what_was_read_and_left_out_is_said(tmp_path):
     (folder / "c4.json.gz").write_bytes(gzip.compress(b'{"text": "words"}\n' * 3))
     (folder / "tales.txt").write_text("one<|endoftext|>two")
     printed = printed_by(folder, out=tmp_path / "out").splitlines()
-    assert "files by kind: 25 left out, 1 JSON lines, 1 text" in printed
+    assert "files by kind: 1 JSON lines, 1 text" in printed
     assert f"{folder}/c4.json.gz: read as JSON lines" in printed
     split = f"{folder}/tales.txt: split at each <|endoftext|> (--split-on '' keeps it one text)"
     assert split in printed
@@ -662,6 +662,10 @@ def test_what_was_read_and_left_out_is_said(tmp_path):
     assert [o.path for o in manifest.left_out] == [f"{folder}/{i:02}.bin" for i in range(25)]
     assert {s.kind for s in manifest.sources} == {"left out", "jsonl", "text"}
     assert sum(c.num_documents for c in manifest.splits.values()) == 5
+    assert printed[-1].endswith("10 tokens in 5 documents to train on, 0 in 0 for validation")
+    inspected = render(TokenStore.open(tmp_path / "out"), 0)
+    assert "left out: 25 files, members or folders\n" in inspected
+    assert inspected.endswith("and 15 more (--json has all)")
 
 
 def test_end_of_text_and_byte_order_marks_within_fields_are_counted(tmp_path):

@@ -94,7 +94,7 @@ class LayerReader:
         if promised > there * _SLACK:
             raise BadInputError(
                 f"checkpoint {self._folder}: its arrays have {promised:,} bytes and its files "
-                f"{there:,}; use another step"
+                f"{there:,}; use another checkpoint"
             )
 
 

@@ -132,7 +132,7 @@ def read_manifest(step_folder: Path) -> Manifest:
     content = _unseal(data)
     if content is None:
         raise BadInputError(
-            f"checkpoint {step_folder}: {MANIFEST_NAME} is damaged; use another step"
+            f"checkpoint {step_folder}: {MANIFEST_NAME} is damaged; use another checkpoint"
         )
     if content["version"] > FORMAT_VERSION:
         raise BadInputError(
@@ -210,7 +210,9 @@ def read_files(step_folder: Path) -> dict[str, bytes]:
             data = None
         if data is None or hashlib.sha256(data).hexdigest() != info.sha256:
             kind = "missing" if data is None else "changed"
-            raise BadInputError(f"checkpoint {step_folder}: {name} is {kind}; use another step")
+            raise BadInputError(
+                f"checkpoint {step_folder}: {name} is {kind}; use another checkpoint"
+            )
         result[name] = data
     return result
 

@@ -168,7 +168,7 @@ def _refuse_difference(
 def _refuse_damage(step_folder: Path, damage: list[Damage]) -> None:
     if damage:
         raise BadInputError(
-            f"checkpoint {step_folder} is damaged: {_summary(damage)}; use another step"
+            f"checkpoint {step_folder} is damaged: {_summary(damage)}; use another checkpoint"
         )
 
 

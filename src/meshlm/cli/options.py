@@ -186,5 +186,6 @@ def check_known(options: Sequence[Option], names: Iterable[str], see: str) -> No
 
 def _unknown(known: dict[str, Option], word: str, see: str) -> str:
     name = word.partition("=")[0]
-    near = difflib.get_close_matches(name, known, 1, 0.5) if len(name) > 2 else []
+    near = [option for option in known if len(name) > 2 and option.startswith(name)]
+    near = near or (difflib.get_close_matches(name, known, 1, 0.5) if len(name) > 2 else [])
     return f"unknown option {name}: " + (f"did you mean {near[0]}?" if near else see)

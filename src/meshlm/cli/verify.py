@@ -13,7 +13,7 @@ from meshlm.conversion.opening import kind_of, open_source
 from meshlm.conversion.proof import check_all
 from meshlm.conversion.recognition import locate, unknown
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.data.store import verify_store
+from meshlm.data.store import UNFINISHED, verify_store
 from meshlm.training.run_folder import CHECKPOINTS_FOLDER, read_config
 
 EXAMPLES = (
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
         )
     steps = _checkpoints(path)
     if steps is None:
-        if not (path / MANIFEST_NAME).is_file():
+        if not (path / MANIFEST_NAME).is_file() and not (path / UNFINISHED).is_dir():
             raise unknown(path, lambda folder: kind_of(folder) is not None)
         verify_store(path)
         print(f"{path}: good (token store)")
@@ -66,7 +66,9 @@ def run(config: Config) -> None:
     damaged = [f"{step.name}/{d}" for step in steps for d in _verify(step)]
     if damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        raise BadInputError(f"{'; '.join(damaged[:3])}{more}: restore from a copy, or delete it")
+        raise BadInputError(
+            f"{'; '.join(damaged[:3])}{more}: restore it from a copy, or use another checkpoint"
+        )
 
 
 def _verify_weights(config: Config) -> None:

@@ -138,8 +138,9 @@ def _metadata(source: Source) -> dict[str, Any]:
     tokenizer = source.tokenizer
     plain = None if tokenizer is None else tokenizer.without_extra_tokens().fingerprint
     declared = to_dict(source.special_tokens)
-    declared["eos_token_ids"] = list(source.special_tokens.eos_token_ids)
-    return {**declared, "tokenizer": plain}
+    # As they come back from JSON.
+    lists = {name: list(value) for name, value in declared.items() if isinstance(value, tuple)}
+    return {**declared, **lists, "tokenizer": plain}
 
 
 def probe_tokens(model: ModelConfig) -> list[int]:

@@ -65,7 +65,12 @@ def write_tokenizer(
             f"{TOKENIZER_CONFIG}: {len(padding)} tokens, {padding[0]['content']} and on, stand "
             "for the padding rows, as in the published model"
         )
-    special = {name: text for name, text in special_tokens.texts.items() if text is not None}
+    special: dict[str, Any] = {
+        name: text for name, text in special_tokens.texts.items() if text is not None
+    }
+    if special_tokens.others:
+        # transformers 4 knows them by this name, 5 by it and another.
+        special["additional_special_tokens"] = list(special_tokens.others)
     # GPT2Tokenizer takes END_OF_TEXT for a token that is not named; null says that there is none.
     absent = {name: None for name in ("bos_token", "eos_token", "unk_token") if name not in special}
     # GPT2Tokenizer knows one way to cut text into words; the other takes tokenizer.json as it is.

@@ -75,7 +75,9 @@ def open_native(path: Path) -> Source:
     if damage:
         more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
         shown = ", ".join(map(str, damage[:3]))
-        raise BadInputError(f"checkpoint {folder} is damaged: {shown}{more}; use another step")
+        raise BadInputError(
+            f"checkpoint {folder} is damaged: {shown}{more}; use another checkpoint"
+        )
     return NativeSource(folder, reader, checkpoint.read_files(folder))
 
 

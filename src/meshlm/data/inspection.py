@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from tyro.conf import Positional
 
-from meshlm.data.names import printable
+from meshlm.data.names import from_json_name, printable
 from meshlm.data.store import SPLITS, Counts, SplitCounts, TokenStore
 
 _SAMPLE_TOKENS = 64
@@ -66,13 +66,22 @@ def render(store: TokenStore, num_samples: int) -> str:
     ]
     lines += [f"{split:>5}: {_counts(manifest.splits[split])}" for split in SPLITS]
     lines += _by_name("sets", {name: _both(c) for name, c in manifest.sets.items()})
-    lines += _by_name("sources", {s.path: _both(s.counts) for s in manifest.sources})
+    sources = {from_json_name(source.path): _both(source.counts) for source in manifest.sources}
+    lines += _by_name("sources", sources)
     if manifest.num_bad_documents or manifest.num_empty_documents:
         lines.append(
             f"left out: {manifest.num_bad_documents} bad and "
             f"{manifest.num_empty_documents} empty documents"
         )
         lines += [f"  {bad}" for bad in manifest.bad_documents]
+    if manifest.left_out:
+        lines.append(f"left out: {len(manifest.left_out):,} files, members or folders")
+        shown = manifest.left_out[:_SHOWN_SOURCES]
+        lines += [
+            f"  {printable(from_json_name(one.path))}: {printable(one.reason)}" for one in shown
+        ]
+        if len(manifest.left_out) > _SHOWN_SOURCES:
+            lines.append(f"  and {len(manifest.left_out) - _SHOWN_SOURCES:,} more (--json has all)")
     for split in SPLITS:
         for text in sample_texts(store, split, num_samples):
             lines += ["", f"--- {split}", _printable(text)]

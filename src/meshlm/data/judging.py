@@ -109,7 +109,7 @@ class Judge:
     def _kinds(self, totals: Totals) -> Iterator[str]:
         """What the files were read as, and where that is not what their names say."""
         ended = [(self._inputs[i].path, one) for i, one in sorted(totals.ended.items())]
-        kinds = Counter(one.kind for _, one in ended if one.kind)
+        kinds = Counter(one.kind for _, one in ended if one.kind and one.kind != "left out")
         if kinds:
             listed = ", ".join(f"{n} {LABELS.get(kind, kind)}" for kind, n in kinds.most_common())
             yield f"files by kind: {listed}"

@@ -351,4 +351,5 @@ def _text_or_json(look: _Json | None, named: bool, text_field: str) -> Found:
     hint = f"{LABELS[look.kind]} without a field `{text_field}`{text_field_hint(names)}"
     if look.is_list and not named:
         return Found(kind="text", hint=hint)
-    return _left_out(f"{hint}, or take files as they are with --format text", is_fatal=True)
+    remedies = "or take files as they are with --format text; another field needs another store"
+    return _left_out(f"{hint}, {remedies}", is_fatal=True)

@@ -207,7 +207,17 @@ def _make(
             work = _Preparation(config, inputs, workspace, console)
             manifest = work.run(plan, given, vocab_size)
             files.replace(ready, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
-        return _publish(out, workspace)
+        manifest = _publish(out, workspace)
+        console.print(_result(out, manifest), highlight=False, markup=False, soft_wrap=True)
+        return manifest
+
+
+def _result(out: Path, manifest: Manifest) -> str:
+    train, val = (manifest.splits[split] for split in SPLITS)
+    return printable(
+        f"{out}: {train.num_tokens:,} tokens in {train.num_documents:,} documents to train on, "
+        f"{val.num_tokens:,} in {val.num_documents:,} for validation"
+    )
 
 
 def _vocab_size_to_learn(config: PrepareConfig) -> int | None:

@@ -7,7 +7,16 @@ from meshlm.core.errors import UsageError
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.data.tokenizer_json import SpecialTokenMode
 
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+"""The special tokens that have a name in transformers, in its order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +31,11 @@ class SpecialTokens:
     eos_token: str | None = None
     pad_token: str | None = None
     unk_token: str | None = None
+    sep_token: str | None = None
+    cls_token: str | None = None
+    mask_token: str | None = None
+    others: tuple[str, ...] = ()
+    """The spelling of further special tokens, which have no name."""
     mode: SpecialTokenMode = "text"
     """What their spelling in a text becomes, unless somebody asks for the other."""
 
@@ -64,7 +78,7 @@ class SpecialTokens:
 
     def with_tokenizer(self, other: "SpecialTokens") -> "SpecialTokens":
         """Returns these ids with the texts and the mode of another tokenizer."""
-        return dataclasses.replace(self, **other.texts, mode=other.mode)
+        return dataclasses.replace(self, **other.texts, others=other.others, mode=other.mode)
 
     def with_ids(self, tokenizer: Tokenizer) -> "SpecialTokens":
         """Returns them with the ids of the texts, where weights declare no ids of their own."""

@@ -226,7 +226,8 @@ def read_manifest(path: Path) -> Manifest:
     except OSError:
         if (path / UNFINISHED).is_dir():
             raise BadInputError(
-                f"{path}: this token store is unfinished: run the same command again"
+                f"{path}: this token store is unfinished: run the same command again, or another "
+                "with --force"
             ) from None
         remedy = "make one with: meshlm data prepare PATH... --out DIR"
         raise UsageError(f"{path}: no token store there; {remedy}") from None

@@ -25,18 +25,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 VOCABULARY_FILE, MERGES_FILE, ADDED_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 MAX_FILE_BYTES = 256 << 20
-# transformers' own order, in which it adds those that are missing.
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-# Without "Fast" at the end, which makes no difference. GPT-J's own class is GPT2Tokenizer. Both
-# take the words and merges of tokenizer.json, and have their own way to cut texts into words.
 _GPT2_CLASSES = ("", "GPT2Tokenizer", "CodeGenTokenizer")
 # So do these, each in another way. Any other class takes tokenizer.json as it is.
 _OTHER_CLASSES = (
@@ -136,8 +124,8 @@ def find_tokenizer(folder: Path, tokenizer_class: str | None = None) -> ReadToke
             _refuse_added_ends(settings)
         if is_gpt2 or not has_json:
             whole = _as_gpt2(whole, settings)
-        named = _set_added_tokens(whole, folder, settings, is_gpt2=is_gpt2)
-        tokenizer = Tokenizer(make_bpe(whole), named["eos_token"])
+        declared = _set_added_tokens(whole, folder, settings, is_gpt2=is_gpt2)
+        tokenizer = Tokenizer(make_bpe(whole), declared.eos_token)
     except BadInputError as error:
         prefix = "" if str(error).startswith(str(folder)) else f"{where}: "
         raise BadInputError(f"{prefix}{error}") from None
@@ -153,8 +141,7 @@ def find_tokenizer(folder: Path, tokenizer_class: str | None = None) -> ReadToke
             "an added token that is not special: MeshLM parses all added tokens or none; set "
             "split_special_tokens to false, or special to true"
         )
-    texts: dict[str, Any] = {name: named[name] for name in NAMES}
-    return ReadTokenizer(tokenizer, SpecialTokens(**texts, mode=mode))
+    return ReadTokenizer(tokenizer, dataclasses.replace(declared, mode=mode))
 
 
 def _read_file(path: Path, mode: SpecialTokenMode, eos_token: str | None) -> ReadTokenizer:
@@ -236,14 +223,14 @@ def _as_gpt2(whole: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 def _set_added_tokens(
     whole: dict[str, Any], folder: Path, settings: Mapping[str, Any], *, is_gpt2: bool
-) -> dict[str, str | None]:
-    """Puts every added token of the folder's files into `whole`; returns the named ones' texts."""
+) -> SpecialTokens:
+    """Puts every added token of the folder's files into `whole`; returns the special ones."""
     listed = settings.get("added_tokens_decoder")
     extra = {} if listed is not None else _read_optional(folder / SPECIAL_TOKENS_MAP)
     declared = {**settings, **extra}
     if not is_gpt2 and whole.get("padding"):
         declared.setdefault("pad_token", whole["padding"]["pad_token"])
-    named = {name: _content(declared.get(name)) for name in _NAMED}
+    named = {name: _content(declared.get(name)) for name in NAMES}
     known = {token["content"] for token in whole["added_tokens"]} | whole["model"]["vocab"].keys()
     # GPT2Tokenizer's own defaults; where another eos is declared, they are not added for that.
     if is_gpt2 and (END_OF_TEXT in known or "eos_token" not in declared):
@@ -265,9 +252,10 @@ def _set_added_tokens(
     for token, entry in (listed or {}).items():
         added[entry["content"]] = {**entry, "id": int(token)}
     _check_each_once(whole["added_tokens"], added)
-    values = [declared.get(name) or named[name] for name in _NAMED]
+    values = [declared.get(name) or named[name] for name in NAMES]
+    others = list(_other_specials(declared))
     new: dict[str, int] = {}
-    for value in [*values, *_other_specials(declared)]:
+    for value in [*values, *others]:
         text = _content(value)
         if text is None:
             continue
@@ -282,7 +270,9 @@ def _set_added_tokens(
         {name: value for name, value in entry.items() if name in fields} | {"content": text}
         for text, entry in added.items()
     ]
-    return named
+    other_texts = dict.fromkeys(text for text in map(_content, others) if text is not None)
+    texts: dict[str, Any] = named
+    return SpecialTokens(**texts, others=tuple(other_texts))
 
 
 def _check_each_once(
@@ -314,7 +304,7 @@ def _other_specials(declared: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the special tokens beside the usual ones, in transformers' order."""
     for name, value in declared.items():
         is_token = isinstance(value, str) or (isinstance(value, dict) and "__type" in value)
-        if name.endswith("_token") and name not in _NAMED and is_token:
+        if name.endswith("_token") and name not in NAMES and is_token:
             yield value
     value = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     yield from value.values() if isinstance(value, dict) else value

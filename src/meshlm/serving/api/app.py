@@ -219,7 +219,10 @@ class _Api:
         """Answers a path or a method that is not there."""
         assert isinstance(error, HTTPException)
         where = f"{request.method} {shorten(request.url.path)}"
-        words = {404: "is not here", 405: "is not a method of this path"}
+        words = {
+            404: "is not here: /openapi.json lists what is",
+            405: "is not a method of this path",
+        }
         message = f"{where} {words.get(error.status_code, error.detail)}"
         headers = {**error_headers(error.status_code), **(error.headers or {})}
         return await self.on_error(

@@ -43,6 +43,8 @@ def tokenizer_info(vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns what clients that tokenize by this server want to know."""
     tokenizer, special_tokens = vocabulary.tokenizer, vocabulary.special_tokens
     ends = special_tokens.end_ids(tokenizer)
+    own_end = special_tokens.eos_token
+    is_end = own_end is not None and tokenizer.id_of(own_end) in ends
     return {
         "tokenizer_class": "GPT2Tokenizer",
         "name": tokenizer.name,
@@ -50,10 +52,10 @@ def tokenizer_info(vocabulary: Vocabulary) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "model_max_length": vocabulary.context_length,
         "bos_token": special_tokens.bos_token or tokenizer.end_of_text,
-        "eos_token": special_tokens.eos_token or tokenizer.end_of_text,
-        "eos_token_id": ends[0],
+        "eos_token": own_end if is_end else tokenizer.decode(ends[:1]),
+        "eos_token_id": tokenizer.id_of(own_end) if own_end and is_end else ends[0],
         "eos_token_ids": list(ends),
-        "unk_token": None,
+        "unk_token": special_tokens.unk_token,
         "pad_token": special_tokens.pad_token,
         "special_tokens": special_tokens.mode,
         "add_bos_token": False,
