@@ -356,13 +356,13 @@ def _jsonl(path: Path, total: int, bad: dict[int, bytes]) -> Path:
         (b'{"text": 3, "k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON nested too deep"),
         (b'{"text": "a', "not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": "\\ud800"}', "half of a UTF-16 pair"),
+        (b'{"text": "\\ud800"}', "a \\u escape is half of a UTF-16 pair"),
         (b'{"text": "a", "k": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON nested too deep"),
     ],
 )
 def test_bad_documents_are_counted_and_named(tmp_path, line, reason):
     path = _jsonl(tmp_path / "a.jsonl", 10, {3: line})
-    with pytest.raises(BadInputError, match=rf"1 of 10 documents.*a\.jsonl:3: {reason}"):
+    with pytest.raises(BadInputError, match=rf"1 of 10 documents.*a\.jsonl:3: {re.escape(reason)}"):
         run([path], tmp_path / "out")
     manifest = run([path], tmp_path / "out", max_bad_documents=0.1)
     assert manifest.num_bad_documents == 1

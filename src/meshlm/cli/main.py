@@ -93,11 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] in _TRAINING:
             _begin_again_on_huge_pages()
         streams = open_streams()
+        _print_warnings()
     invocation = _Invocation(words, streams)
     code = _guarded(invocation, lambda: invocation.verbose)
     streams.flush()
     processes.leave()
     return code
+
+
+def _print_warnings() -> None:
+    """Prints our own warnings as errors are, however a library has set up logging."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("meshlm: %(message)s"))
+    logger = logging.getLogger("meshlm")
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def _begin_again_on_huge_pages() -> None:
