@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -76,9 +76,9 @@ def test_all_go_when_all_are_there_and_leave_the_port_free(count):
 
 def test_the_missing_are_named_to_all():
     began_s = time.monotonic()
-    found = meet((0, 5), (1, 5), (3, 5), timeout_s=1)
-    assert time.monotonic() - began_s < 10
-    wanted = "2 of 5 processes did not come within 1 s; missing: 2, 4"
+    found = meet((0, 5), (1, 5), (3, 5), timeout_s=3)
+    assert time.monotonic() - began_s < 60
+    wanted = "2 of 5 processes did not come within 3 s; missing: 2, 4"
     assert wanted in str(found[0])
     for index in (1, 2):
         assert str(found[index]) == f"process 0: {found[0]}"
@@ -193,7 +193,7 @@ def soon(monkeypatch, caplog):
     return caplog
 
 
-def fail(address: str, number: int = 1, timeout_s: float = 0.6) -> MeshLMError:
+def fail(address: str, number: int = 1, timeout_s: float = 2) -> MeshLMError:
     with pytest.raises(MeshLMError) as caught:
         call_roll(address, number, 2, timeout_s)
     return caught.value
@@ -210,13 +210,13 @@ def test_a_name_that_does_not_resolve_is_said_and_named_in_the_end(soon, monkeyp
     assert soon.messages[0].startswith(
         f"process 1 waits for process 0 at no-such-host.invalid:1234: {said}"
     )
-    assert re.search(r"\(for 0 s so far, [01] s more at most\)$", soon.messages[0])
-    assert f"within 0.6 s ({said}" in str(error)
+    assert re.search(r"\(for 0 s so far, [0-2] s more at most\)$", soon.messages[0])
+    assert f"within 2 s ({said}" in str(error)
     assert error.exit_code == 1
 
 
 def test_a_resolver_that_is_stuck_is_said(soon, monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(0.6) or [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2) or [])
     fail("node0:1234")
     assert "at node0:1234: looking up the name node0 (" in soon.messages[0]
 
@@ -245,22 +245,29 @@ def test_debians_own_name_is_said(soon, monkeypatch):
     assert doubt in str(error)
 
 
-def answering(*answers: bytes, closes: bool = True) -> tuple[socket.socket, threading.Thread]:
-    """A server that is no process 0: gives each guest the next answer."""
+@contextlib.contextmanager
+def answering(words: bytes, *, closes: bool = True) -> Iterator[str]:
+    """The address of a server that is no process 0, and that answers every guest so."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
-        for words in answers:
-            guest, _ = server.accept()
-            with guest:
-                guest.recv(100)
-                guest.sendall(words)
-                if not closes:
+        with contextlib.suppress(OSError):
+            while True:
+                guest, _ = server.accept()
+                with guest:
                     guest.recv(100)
+                    guest.sendall(words)
+                    if not closes:
+                        guest.recv(100)
 
     thread = threading.Thread(target=answer)
     thread.start()
-    return server, thread
+    try:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        server.close()
 
 
 @pytest.mark.parametrize(
@@ -277,31 +284,23 @@ def answering(*answers: bytes, closes: bool = True) -> tuple[socket.socket, thre
     ],
 )
 def test_a_stranger_that_answers_is_said(soon, words, said):
-    server, thread = answering(words)
-    with server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        caught: list[MeshLMError] = []
-        client = threading.Thread(target=lambda: caught.append(fail(address, timeout_s=0.1)))
-        client.start()
-        thread.join(10)
-        client.join(10)
-    assert said in str(caught[0])
+    with answering(words) as address:
+        error = fail(address)
+    assert said in str(error)
 
 
 def test_a_stranger_that_is_silent_is_said(soon, monkeypatch):
-    monkeypatch.setattr(roll_call, "_LINE_TIMEOUT_S", 0.6)
-    server, thread = answering(b"", closes=False)
-    with server:
-        error = fail(f"127.0.0.1:{server.getsockname()[1]}")
-        thread.join(10)
+    monkeypatch.setattr(roll_call, "_LINE_TIMEOUT_S", 1)
+    with answering(b"", closes=False) as address:
+        error = fail(address, timeout_s=3)
     said = "127.0.0.1 takes the connection and says nothing"
-    assert said in soon.messages[0]
+    assert said in soon.text
     assert said in str(error)
 
 
 def test_who_is_there_is_told_for_whom_process_0_waits(soon, monkeypatch):
     monkeypatch.setattr(roll_call, "_TELL_S", 0.1)
-    found = meet((0, 4), (1, 4), timeout_s=0.6)
+    found = meet((0, 4), (1, 4), timeout_s=3)
     assert "missing: 2, 3" in str(found[1])
     assert re.search(
         r"process 1 waits for process 0 at \S+: it is there and waits for 2, 3", soon.text
@@ -316,7 +315,7 @@ def test_who_has_left_again_is_missing(monkeypatch):
 
     def call() -> None:
         try:
-            call_roll(address, 0, 3, 1.5)
+            call_roll(address, 0, 3, 4)
         except MeshLMError as error:
             caught.append(error)
 
@@ -326,7 +325,7 @@ def test_who_has_left_again_is_missing(monkeypatch):
         died.sendall(b"meshlm-2 1 3\n")
         assert died.recv(100) == b"meshlm-2 wait 2\n"
     first.join(20)
-    assert "2 of 3 processes did not come within 1.5 s; missing: 1, 2" in str(caught[0])
+    assert "2 of 3 processes did not come within 4 s; missing: 1, 2" in str(caught[0])
 
 
 def test_another_version_is_refused():
