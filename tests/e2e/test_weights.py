@@ -155,11 +155,15 @@ def test_text_is_the_same_in_every_format(meshlm, run_of_10, tmp_path):
     assert samples[0] == samples[1]
 
 
-def test_a_model_without_a_tokenizer(meshlm, original):
-    code, _, err = meshlm("generate", original / "full", "--prompt", "x")
+def test_a_model_without_a_tokenizer(meshlm, original, tmp_path):
+    folder = shutil.copytree(original / "full", tmp_path / "full")
+    assert meshlm("generate", folder, "--prompt", "x", "--max-tokens", "1")[0] == 0
+    for name in ("tokenizer.json", "special_tokens.json"):
+        (folder / name).unlink()
+    code, _, err = meshlm("generate", folder, "--prompt", "x")
     assert code == 2
     assert "no tokenizer" in one_line(err)
-    model = package.load(original / "full")
+    model = package.load(folder)
     sample = model.generate([[1, 2, 3]], max_tokens=4)
     assert len(sample.tokens) == 4
     assert sample.text == ""

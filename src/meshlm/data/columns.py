@@ -59,7 +59,6 @@ def _parquet(path: str, text_field: str, _: bool) -> Iterator[tuple[Any, Iterato
 
     with pyarrow.parquet.ParquetFile(
         path,
-        memory_map=False,
         buffer_size=1 << 20,
         pre_buffer=False,
         page_checksum_verification=True,
