@@ -96,8 +96,9 @@ def _connect(place: tuple[str, int, int, Any], config: ProcessConfig) -> bool:
             coordinator_bind_address=address if alone else None,
             cluster_detection_method="deactivate",
             initialization_timeout=config.join_timeout_s,
-            # The watch is to be first: it says in a line what JAX says in a dump.
-            heartbeat_timeout_seconds=2 * config.heartbeat_timeout_s,
+            # The watch must be first: it says in a line what JAX says in a dump. JAX sends a
+            # heartbeat each half of its timeout, so it may notice within that half.
+            heartbeat_timeout_seconds=6 * config.heartbeat_timeout_s,
             shutdown_timeout_seconds=config.heartbeat_timeout_s,
         )
     return several_machines

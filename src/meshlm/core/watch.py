@@ -1,9 +1,10 @@
 """The watch over the processes of a run: when one dies or fails, all end, each with one line.
 
-Two threads beside the work, in every process. One gives a sign of life, in the coordinator's
-key-value store, and in process 0 looks for those that have stopped. The other waits for words: what
-a process says that fails, or what process 0 says of one that is silent. It ends the process at
-once, because the main thread may hang for good in a sum over devices that nobody else will join.
+Three threads run beside the work in every process. One gives a sign of life in the coordinator's
+key-value store, and in process 0 looks for processes that have stopped doing so. The second waits
+for messages: from a process that fails, or from process 0 about one that is silent. The third ends
+the process when its own signs of life no longer reach process 0. Each ends the process at once,
+because the main thread may hang for good in a sum over devices that nobody else will join.
 """
 
 import atexit
@@ -50,10 +51,12 @@ class Watch:
         self._client, self._timeout_s = client, timeout_s
         self._pause_s = timeout_s / _BEATS_A_TIMEOUT
         self._over = threading.Event()
+        self._ending = threading.Lock()
+        self._beats_heard = 0
         self._failed_with: int | None = None
         self._threads = [
             threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True)
-            for work in (self._beat, self._listen)
+            for work in (self._beat, self._listen, self._mind_first)
         ]
         for thread in self._threads:
             thread.start()
@@ -110,13 +113,26 @@ class Watch:
     def _beat(self) -> None:
         seen: dict[str, tuple[str, float]] = {}
         for beat in range(sys.maxsize):
-            # Who cannot reach the coordinator is told so in `_listen`.
+            # `_mind_first` acts where the coordinator cannot be reached.
             with contextlib.suppress(Exception):
                 self._client.key_value_set(f"{_BEATS}/{self.number}", str(beat), True)
+                self._beats_heard = beat
                 if self.number == 0:
                     self._look_around(seen)
             if self._over.wait(self._pause_s):
                 return
+
+    def _mind_first(self) -> None:
+        """Ends this process when no sign of life has reached process 0 for the timeout.
+
+        It counts its own wake-ups and not seconds: work that holds Python's lock delays both.
+        """
+        heard, missed = -1, 0
+        while self.number != 0 and not self._over.wait(self._pause_s):
+            missed = missed + 1 if self._beats_heard == heard else 0
+            heard = self._beats_heard
+            if missed > _BEATS_A_TIMEOUT and self._begin_to_end(_FIRST_IS_GONE):
+                _exit(1)  # nothing is sent first: it would wait for the same connection
 
     def _look_around(self, seen: dict[str, tuple[str, float]]) -> None:
         now_s = time.monotonic()
@@ -146,11 +162,18 @@ class Watch:
                     continue
                 words = {"by": 0, "message": _FIRST_IS_GONE, "exit_code": 1}
             ours = words["by"] == self.number and words.get("dead") is None
-            if self._over.is_set() or ours or words["by"] is None:
+            if ours or words["by"] is None or not self._begin_to_end(words["message"]):
                 return
-            self._over.set()
-            _write_line(f"meshlm: {words['message']}")
             self._end_after_words(words["exit_code"], dead=words.get("dead"))
+
+    def _begin_to_end(self, message: str) -> bool:
+        """Writes why this process ends; returns False where another thread has done so."""
+        with self._ending:
+            if self._over.is_set():
+                return False
+            self._over.set()
+            _write_line(f"meshlm: {message}")
+            return True
 
     def _abort(self, number: int) -> None:
         """Ends the process in place of `abort`, by which JAX ends it when process 0 is gone.
