@@ -61,9 +61,10 @@ def make(folder: Path, preset: str) -> None:
     import numpy as np
 
     from meshlm.conversion.hf_target import HfTarget
-    from meshlm.conversion.tensors import Part, TensorInfo, native_shapes, part_keys, stacked_name
+    from meshlm.conversion.tensors import Part, native_shapes, part_keys, stacked_name
     from meshlm.core.tree import to_named
     from meshlm.data.tokenizer import load_gpt2
+    from meshlm.formats.tensor import TensorInfo
     from meshlm.model.config import PRESETS
     from meshlm.model.params import describe
 

@@ -29,13 +29,13 @@ from meshlm.conversion.hf_target import HfTarget
 from meshlm.conversion.opening import open_source
 from meshlm.conversion.pickled import write_safetensors
 from meshlm.conversion.proof import check_all
-from meshlm.conversion.safetensors import from_bytes, to_bytes
 from meshlm.conversion.tensors import CastPart, Source, part_keys, stacked_name
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import from_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe
 from meshlm.data.tokenizer_folder import ReadTokenizer
+from meshlm.formats.safetensors import from_bytes, to_bytes
 from meshlm.model.config import PRESETS
 from meshlm.model.params import Params, describe
 from meshlm.model.transformer import forward

@@ -22,8 +22,9 @@ from meshlm.conversion.certificate import (
     probe_tokens,
     row_blocks,
 )
-from meshlm.conversion.tensors import Part, TensorInfo
+from meshlm.conversion.tensors import Part
 from meshlm.core.errors import MeshLMError
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import PRESETS
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)

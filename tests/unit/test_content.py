@@ -11,11 +11,11 @@ import pyarrow
 import pytest
 
 import meshlm
-from meshlm.conversion.content import FileContent, MemoryContent
-from meshlm.conversion.npz import NpzFile
-from meshlm.conversion.safetensors import open_tensors, to_bytes
 from meshlm.core.errors import BadInputError, MeshLMError
 from meshlm.data import columns
+from meshlm.formats.content import FileContent, MemoryContent
+from meshlm.formats.npz import NpzFile
+from meshlm.formats.safetensors import open_tensors, to_bytes
 
 ARRAY = np.arange(1 << 16, dtype=np.float32).reshape(256, 256)
 CUT = r"it was cut while it was read: it had [\d,]+ bytes and has 4,096 now"
@@ -71,7 +71,7 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(tmp_path, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("meshlm.conversion.content.read_at", fail)
+    monkeypatch.setattr("meshlm.formats.content.read_at", fail)
     with pytest.raises(MeshLMError, match=r"cannot be read \(Input/output error\)") as caught:
         content.read(0, 6)
     assert not isinstance(caught.value, BadInputError)

@@ -21,13 +21,13 @@ from meshlm.conversion.convert import convert
 from meshlm.conversion.hf_config import read_config
 from meshlm.conversion.hf_names import hf_name, hf_shapes
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.safetensors import to_bytes
 from meshlm.conversion.tensors import part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.core.sharding import use_mesh
 from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer
+from meshlm.formats.safetensors import to_bytes
 from meshlm.model.config import ModelConfig
 from meshlm.serving.api.prompts import Vocabulary
 from meshlm.serving.api.tokens import tokenizer_info

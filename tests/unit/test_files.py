@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from meshlm.conversion.npz_writer import NpzWriter
-from meshlm.conversion.safetensors import TensorWriter
-from meshlm.conversion.tensors import TensorInfo
 from meshlm.core import files
 from meshlm.core.errors import UsageError
 from meshlm.data.journal import Appender, Plan, Totals, Workspace
 from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.store import Counts
+from meshlm.formats.npz_writer import NpzWriter
+from meshlm.formats.safetensors import TensorWriter
+from meshlm.formats.tensor import TensorInfo
 from meshlm.training import run_folder
 from meshlm.training.lock import RunLock
 from meshlm.training.metrics import MetricsLog
@@ -308,7 +308,7 @@ _FUNCTIONS = re.compile(
 )
 # What is opened there is nobody's file, or is read.
 _ALLOWED = {
-    "conversion/npz_writer.py": [
+    "formats/npz_writer.py": [
         "zipfile.ZipFile(self._target, 'w')",
         "self._file.open(name, 'w', force_zip64=True)",
     ],

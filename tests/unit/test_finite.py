@@ -24,7 +24,6 @@ from meshlm.conversion.hf_config import make_config
 from meshlm.conversion.hf_names import hf_name, hf_shapes
 from meshlm.conversion.loading import load_stacked
 from meshlm.conversion.native import open_native
-from meshlm.conversion.safetensors import to_bytes
 from meshlm.conversion.tensors import cast, part_keys
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError
@@ -32,6 +31,7 @@ from meshlm.core.sharding import MeshConfig
 from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import train_bpe
+from meshlm.formats.safetensors import to_bytes
 from meshlm.model.config import ModelConfig
 from meshlm.step import abstract_state
 from meshlm.training.saved import refuse_not_finite

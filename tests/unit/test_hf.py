@@ -15,11 +15,11 @@ from meshlm.conversion import pickled
 from meshlm.conversion.hf import HfSource, is_hf, open_hf
 from meshlm.conversion.hf_config import read_config
 from meshlm.conversion.hf_target import HfTarget
-from meshlm.conversion.safetensors import to_bytes
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe
 from meshlm.data.tokenizer_folder import ReadTokenizer
+from meshlm.formats.safetensors import to_bytes
 from meshlm.model.config import PRESETS, ModelConfig
 
 # As the published folder has it, but for the sizes.

@@ -15,6 +15,7 @@ PACKAGE = SOURCE / "meshlm"
 # of one number do not know each other.
 LEVELS = {
     "core": 0,
+    "formats": 1,
     "ops": 1,
     "model": 2,
     "data": 3,

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import original
-from meshlm.conversion import archive
 from meshlm.conversion.mtj import is_mtj, open_mtj
 from meshlm.conversion.mtj_target import MtjTarget, make_shares
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import CastPart, Source, TensorInfo, part_keys
+from meshlm.conversion.tensors import CastPart, Source, part_keys
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.formats import archive
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
 from original import BFLOAT16, leaf, make_trees, small
 

@@ -15,10 +15,11 @@ import pytest
 import zstandard
 
 import original
-from meshlm.conversion import archive, mtj_archive
+from meshlm.conversion import mtj_archive
 from meshlm.conversion.mtj import is_mtj, open_mtj
 from meshlm.conversion.mtj_target import MtjTarget
 from meshlm.core.errors import BadInputError
+from meshlm.formats import archive
 from original import BFLOAT16, make_trees, pack_members, small
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "mtj" / "dev_s4_distinct"

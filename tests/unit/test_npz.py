@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from meshlm.conversion.npz import NpzFile
-from meshlm.conversion.npz_writer import NpzWriter
 from meshlm.core.errors import BadInputError
+from meshlm.formats.npz import NpzFile
+from meshlm.formats.npz_writer import NpzWriter
 from original import BFLOAT16, savez_to_bucket
 
 DTYPES = [np.dtype("<f4"), np.dtype("<f2"), np.dtype("<i4"), BFLOAT16]

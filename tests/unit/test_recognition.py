@@ -17,11 +17,11 @@ from meshlm.conversion.hf import HfSource
 from meshlm.conversion.hf_config import make_config
 from meshlm.conversion.hf_names import hf_name, hf_shapes
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.safetensors import to_bytes
 from meshlm.conversion.tensors import Source, part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer
+from meshlm.formats.safetensors import to_bytes
 from meshlm.model.config import ModelConfig
 
 MODEL = ModelConfig(

@@ -16,8 +16,9 @@ from meshlm.conversion import reference, streamed
 from meshlm.conversion.opening import open_source
 from meshlm.conversion.reference import ReferenceForward
 from meshlm.conversion.streamed import StreamedForward
-from meshlm.conversion.tensors import Part, TensorInfo, native_names, part_keys, stacked_name
+from meshlm.conversion.tensors import Part, native_names, part_keys, stacked_name
 from meshlm.core.tree import from_named, to_named
+from meshlm.formats.tensor import TensorInfo
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mtj/dev_s4_distinct"
 TOLERANCE = 2e-6

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.conversion.safetensors import (
+from meshlm.core.errors import BadInputError, UsageError
+from meshlm.formats.safetensors import (
     MAX_HEADER_BYTES,
     TensorWriter,
     from_bytes,
     open_tensors,
     to_bytes,
 )
-from meshlm.conversion.tensors import TensorInfo
-from meshlm.core.errors import BadInputError, UsageError
+from meshlm.formats.tensor import TensorInfo
 
 
 def make_file(header: object, data: bytes = b"") -> bytes:

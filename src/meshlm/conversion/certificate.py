@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from meshlm.conversion.tensors import Part, Source, TensorInfo, cast
+from meshlm.conversion.tensors import Part, Source, cast
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import MeshLMError
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
 
 CERTIFICATE_FILE = "certificate.json"

@@ -25,7 +25,6 @@ from meshlm.conversion.proof import find_record
 from meshlm.conversion.reference import ReferenceForward
 from meshlm.conversion.streamed import StreamedForward
 from meshlm.conversion.tensors import (
-    DTYPES,
     CastPart,
     Group,
     Kind,
@@ -33,11 +32,11 @@ from meshlm.conversion.tensors import (
     PartKey,
     Source,
     Target,
-    TensorInfo,
     stacked_name,
 )
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, MeshLMError
+from meshlm.formats.tensor import DTYPES, TensorInfo
 
 OnProgress = Callable[[str, int, int], None]
 """Hears (stage, bytes done, bytes in all)."""

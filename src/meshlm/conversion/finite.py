@@ -7,17 +7,16 @@ are the same for every type, bfloat16 included, and read memory about as fast as
 numpy's `isfinite` is as fast for float32 and ten times slower for bfloat16.
 """
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from meshlm.core.errors import BadInputError
+from meshlm.formats.tensor import row_blocks
 
 # It is still in the cache of a core for its second maximum, and the calls per block cost little.
 _BLOCK_NUMBERS = 1 << 18
-_MOST_COPIED = 4 << 20
 
 
 class Place(NamedTuple):
@@ -79,13 +78,3 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
         flat = np.ascontiguousarray(array[rows]).reshape(-1)
         for start in range(0, flat.size, _BLOCK_NUMBERS):
             yield flat[start : start + _BLOCK_NUMBERS]
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
-    """Yields what selects some rows of an array after the others: a few million numbers each."""
-    if not shape:
-        yield ...
-        return
-    rows = max(1, _MOST_COPIED // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield slice(start, start + rows)

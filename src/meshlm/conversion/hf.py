@@ -21,21 +21,13 @@ from meshlm.conversion.hf_config import (
 from meshlm.conversion.hf_files import find_weights, has_weights
 from meshlm.conversion.hf_tokenizer import CHAT_TEMPLATE_FILE, tokenizer_of
 from meshlm.conversion.recognition import no_weights
-from meshlm.conversion.safetensors import Tensors, open_tensors
-from meshlm.conversion.tensors import (
-    DTYPES,
-    Group,
-    Part,
-    PartKey,
-    Source,
-    TensorInfo,
-    native_shapes,
-    part_keys,
-)
+from meshlm.conversion.tensors import Group, Part, PartKey, Source, native_shapes, part_keys
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens, fits, rowless_note
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.data.tokenizer_folder import TOKENIZER_CONFIG, ReadTokenizer
+from meshlm.formats.safetensors import Tensors, open_tensors
+from meshlm.formats.tensor import DTYPES, TensorInfo
 from meshlm.model.config import ModelConfig
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meshlm.conversion.hf_config import read_json
-from meshlm.conversion.safetensors import Tensors
 from meshlm.core.errors import BadInputError
+from meshlm.formats.safetensors import Tensors
 
 WEIGHTS_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"

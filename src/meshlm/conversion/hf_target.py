@@ -16,20 +16,12 @@ from meshlm.conversion.hf_config import (
 from meshlm.conversion.hf_files import INDEX_SUFFIX, WEIGHTS_FILE
 from meshlm.conversion.hf_names import hf_name, hf_shapes
 from meshlm.conversion.hf_tokenizer import write_json, write_tokenizer
-from meshlm.conversion.safetensors import TensorWriter
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import (
-    DTYPES,
-    Group,
-    Part,
-    PartKey,
-    Target,
-    TensorInfo,
-    cast,
-    part_keys,
-)
+from meshlm.conversion.tensors import Group, Part, PartKey, Target, cast, part_keys
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.formats.safetensors import TensorWriter
+from meshlm.formats.tensor import DTYPES, TensorInfo
 from meshlm.model.config import ModelConfig
 
 MAX_FILE_BYTES = 4_000_000_000

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from meshlm.conversion.finite import check_finite
-from meshlm.conversion.tensors import Group, Part, Source, TensorInfo, cast, stacked_name
+from meshlm.conversion.tensors import Group, Part, Source, cast, stacked_name
 from meshlm.core.sharding import sharding_of
 from meshlm.core.tree import from_named, map_named, to_named
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.params import Block, Params, Weight, describe
 from meshlm.model.quantize import quantise_weight
 

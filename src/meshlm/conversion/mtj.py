@@ -16,18 +16,11 @@ from meshlm.conversion.mtj_layout import STEP, Layout, Slot
 from meshlm.conversion.mtj_store import FolderStore, Reader, Store, check_headers
 from meshlm.conversion.mtj_tokens import KeptTokens, implied_tokenizer, read_kept_tokens
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import (
-    Group,
-    Part,
-    PartKey,
-    Source,
-    TensorInfo,
-    native_names,
-    part_keys,
-)
+from meshlm.conversion.tensors import Group, Part, PartKey, Source, native_names, part_keys
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
 
 

@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from meshlm.conversion import mtj_finding, mtj_layout
-from meshlm.conversion.archive import FREE_BYTES, MAX_GROWTH, ArchivedFile, archived_files
 from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES
 from meshlm.conversion.mtj_layout import FILES_PER_SHARD, Slot
 from meshlm.conversion.mtj_store import Reader, Store, check_files, check_split, count_shards
-from meshlm.conversion.npy import NpyHeader
-from meshlm.conversion.npz_stream import StreamedArray, streamed_arrays
 from meshlm.core.errors import BadInputError
+from meshlm.formats.archive import FREE_BYTES, MAX_GROWTH, ArchivedFile, archived_files
+from meshlm.formats.npy import NpyHeader
+from meshlm.formats.npz_stream import StreamedArray, streamed_arrays
 
 PASS_BYTES = 850_000_000
 """What is held at most, unless a single part is larger: two layers of GPT-J 6B in bfloat16, or one

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion import archive, mtj_layout
+from meshlm.conversion import mtj_layout
 from meshlm.conversion.mtj_layout import Layout, Slot
-from meshlm.conversion.npy import NpyHeader, copy
-from meshlm.conversion.npz import NpzFile
 from meshlm.core.errors import BadInputError
+from meshlm.formats import archive
+from meshlm.formats.npy import NpyHeader, copy
+from meshlm.formats.npz import NpzFile
 from meshlm.model.config import ModelConfig
 
 # Files are kept open, each with a descriptor, of which a process may have 1,024 or so.

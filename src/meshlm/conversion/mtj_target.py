@@ -12,13 +12,14 @@ from meshlm.conversion.mtj_config import config_of_model
 from meshlm.conversion.mtj_finding import META_NAME
 from meshlm.conversion.mtj_layout import STEP, Slot
 from meshlm.conversion.mtj_tokens import write_kept_tokens
-from meshlm.conversion.npz_writer import NpzWriter
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import Group, Part, PartKey, Target, TensorInfo
+from meshlm.conversion.tensors import Group, Part, PartKey, Target
 from meshlm.core import files
 from meshlm.core.config import to_json
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.formats.npz_writer import NpzWriter
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
 
 _FLOAT32 = np.dtype(np.float32)

@@ -16,12 +16,10 @@ from meshlm.conversion.finite import Place
 from meshlm.conversion.mtj_layout import SCHEDULE_COUNT
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
 from meshlm.conversion.tensors import (
-    DTYPES,
     Group,
     Part,
     PartKey,
     Source,
-    TensorInfo,
     native_shapes,
     part_keys,
     stacked_name,
@@ -31,6 +29,7 @@ from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import from_json
+from meshlm.formats.tensor import DTYPES, TensorInfo
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
 

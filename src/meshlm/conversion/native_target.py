@@ -15,20 +15,12 @@ from meshlm.conversion.native import (
     TOKENIZER_FILE,
 )
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
-from meshlm.conversion.tensors import (
-    Group,
-    Part,
-    PartKey,
-    Target,
-    TensorInfo,
-    cast,
-    part_keys,
-    stacked_name,
-)
+from meshlm.conversion.tensors import Group, Part, PartKey, Target, cast, part_keys, stacked_name
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from meshlm.conversion.safetensors import TensorWriter
-from meshlm.conversion.tensors import DTYPES, TensorInfo
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
+from meshlm.formats.safetensors import TensorWriter
+from meshlm.formats.tensor import DTYPES, TensorInfo
 
 # Older ones ran code from the pickle even with weights_only (CVE-2025-32434).
 OLDEST_TORCH = (2, 6)

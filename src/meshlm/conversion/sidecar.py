@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from meshlm.core.errors import BadInputError
+from meshlm.formats import safetensors
 
 SIDECAR_FILE = "mtj.safetensors"
 _FORMAT = "meshlm-mtj-sidecar"
@@ -30,9 +31,6 @@ class Sidecar:
 
     def to_bytes(self) -> bytes:
         """Returns the bytes of `mtj.safetensors`."""
-        # Not above: what the formats have in common has a sidecar in it.
-        from meshlm.conversion import safetensors
-
         metadata = {"format": _FORMAT, "version": _VERSION, "shards": str(self.shards)}
         return safetensors.to_bytes(self.arrays, metadata)
 
@@ -43,8 +41,6 @@ class Sidecar:
         Raises:
             BadInputError: they are not those of a sidecar.
         """
-        from meshlm.conversion import safetensors
-
         arrays, metadata = safetensors.from_bytes(data, where)
         if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
             raise BadInputError(

@@ -11,7 +11,6 @@ reads the next one.
 
 import abc
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,12 +18,13 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from meshlm.conversion.finite import Place, check_finite, is_finite, row_blocks
+from meshlm.conversion.finite import Place, check_finite, is_finite
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
+from meshlm.formats.tensor import TensorInfo, row_blocks
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import describe
 
@@ -32,25 +32,6 @@ Kind = Literal["meshlm", "hf", "mtj"]
 Group = Literal["params", "mu", "nu"]
 """The weights, and Adam's two moments of each of them."""
 PartKey = int | Literal["embedding", "head"]
-
-DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """A tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes in memory and in a file."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Part(abc.ABC):

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import zstandard
 
-from meshlm.conversion.npy import Body
 from meshlm.core.errors import BadInputError
+from meshlm.formats.npy import Body
 
 MAX_FILE_BYTES = 64 << 30
 MAX_FILES = 100_000

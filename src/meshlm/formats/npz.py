@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion.content import Content, FileContent, MemoryContent
-from meshlm.conversion.npy import Body, NpyHeader, read_header, read_into
 from meshlm.core.errors import BadInputError
+from meshlm.formats.content import Content, FileContent, MemoryContent
+from meshlm.formats.npy import Body, NpyHeader, read_header, read_into
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

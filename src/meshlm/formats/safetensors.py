@@ -17,10 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from meshlm.conversion.content import Content, FileContent, MemoryContent
-from meshlm.conversion.tensors import TensorInfo
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.formats.content import Content, FileContent, MemoryContent
+from meshlm.formats.tensor import TensorInfo
 
 # The format allows 100 MB. GPT-J 6B needs 40 kB; a hostile one takes 40 times its bytes to parse.
 MAX_HEADER_BYTES = 4 << 20

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from meshlm.conversion.archive import ArchivedFile
-from meshlm.conversion.npy import BLOCK_BYTES, Body, read_header, read_into
-from meshlm.conversion.npz import DeflatedBody
 from meshlm.core.errors import BadInputError
+from meshlm.formats.archive import ArchivedFile
+from meshlm.formats.npy import BLOCK_BYTES, Body, read_header, read_into
+from meshlm.formats.npz import DeflatedBody
 
 _LOCAL, _DIRECTORY, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _END = struct.Struct("<4s4H2IH")

@@ -7,8 +7,8 @@ from typing import Self
 
 import numpy as np
 
-from meshlm.conversion.npy import write_array
 from meshlm.core import files
+from meshlm.formats.npy import write_array
 
 
 class NpzWriter:

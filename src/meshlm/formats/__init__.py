@@ -1,0 +1,1 @@
+"""Containers of arrays, from bytes to named arrays and back. Knows no model."""

@@ -1,0 +1,39 @@
+"""A tensor before it is read, and some of its rows at a time."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_BLOCK_NUMBERS = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory and in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Yields what selects some rows of an array after the others: a few million numbers each."""
+    if not shape:
+        yield ...
+        return
+    rows = max(1, _BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield slice(start, start + rows)
