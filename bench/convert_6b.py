@@ -60,8 +60,9 @@ def make(folder: Path, preset: str) -> None:
     import ml_dtypes
     import numpy as np
 
-    from meshlm.conversion.hf_target import HfTarget
-    from meshlm.conversion.tensors import Part, native_shapes, part_keys, stacked_name
+    from meshlm.conversion.hf.target import HfTarget
+    from meshlm.conversion.source import Part
+    from meshlm.conversion.table import native_shapes, part_keys, stacked_name
     from meshlm.core.tree import to_named
     from meshlm.data.tokenizer import load_gpt2
     from meshlm.formats.tensor import TensorInfo

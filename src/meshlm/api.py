@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int
 
 from meshlm.conversion.loading import load_params, matrix_dtype
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.tensors import Source
+from meshlm.conversion.source import Source
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig, make_mesh
 from meshlm.data.special_tokens import SpecialTokens, check_rows

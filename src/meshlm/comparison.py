@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from meshlm.api import Model, load
-from meshlm.conversion.certificate import spread_tokens
-from meshlm.conversion.mtj import is_mtj
+from meshlm.conversion.mtj.source import is_mtj
+from meshlm.conversion.proof.certificate import spread_tokens
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.generation.profiles import Dtype, Profile
 

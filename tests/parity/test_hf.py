@@ -23,13 +23,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlm.conversion.hf import open_hf
-from meshlm.conversion.hf_config import make_config
-from meshlm.conversion.hf_target import HfTarget
+from meshlm.conversion.cast import CastPart
+from meshlm.conversion.hf.config import make_config
+from meshlm.conversion.hf.pickled import write_safetensors
+from meshlm.conversion.hf.source import open_hf
+from meshlm.conversion.hf.target import HfTarget
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.pickled import write_safetensors
-from meshlm.conversion.proof import check_all
-from meshlm.conversion.tensors import CastPart, Source, part_keys, stacked_name
+from meshlm.conversion.proof.record import check_all
+from meshlm.conversion.source import Source
+from meshlm.conversion.table import part_keys, stacked_name
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import from_named
 from meshlm.data.special_tokens import SpecialTokens

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tiny
-from meshlm.conversion import certificate
-from meshlm.conversion.certificate import (
+from meshlm.conversion.proof import certificate
+from meshlm.conversion.proof.certificate import (
     TOLERANCE,
     explain,
     hash_tensor,
@@ -22,7 +22,7 @@ from meshlm.conversion.certificate import (
     probe_tokens,
     row_blocks,
 )
-from meshlm.conversion.tensors import Part
+from meshlm.conversion.source import Part
 from meshlm.core.errors import MeshLMError
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import PRESETS

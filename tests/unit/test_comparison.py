@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshlm.comparison import measure
-from meshlm.conversion.certificate import spread_tokens
+from meshlm.conversion.proof.certificate import spread_tokens
 
 
 def test_figures_by_hand():

@@ -25,7 +25,7 @@ from meshlm.cli import convert as command
 from meshlm.conversion import convert as module
 from meshlm.conversion import destination as destinations
 from meshlm.conversion.convert import convert
-from meshlm.conversion.native_target import NativeTarget
+from meshlm.conversion.native.target import NativeTarget
 from meshlm.conversion.opening import open_source
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError

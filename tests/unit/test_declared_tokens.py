@@ -16,12 +16,12 @@ import pytest
 
 import meshlm
 from meshlm.api import served
-from meshlm.conversion import hf_target
 from meshlm.conversion.convert import convert
-from meshlm.conversion.hf_config import read_config
-from meshlm.conversion.hf_names import hf_name, hf_shapes
+from meshlm.conversion.hf import target as hf_target
+from meshlm.conversion.hf.config import read_config
+from meshlm.conversion.hf.names import hf_name, hf_shapes
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.tensors import part_keys
+from meshlm.conversion.table import part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.core.sharding import use_mesh
 from meshlm.data.prepare import PrepareConfig, prepare

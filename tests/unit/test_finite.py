@@ -17,14 +17,15 @@ from meshlm.api import load
 from meshlm.checkpoint import Checkpointer, Restored
 from meshlm.cli.main import main
 from meshlm.comparison import Side, compare
+from meshlm.conversion.cast import cast
 from meshlm.conversion.convert import convert
 from meshlm.conversion.finite import Place, check_finite, is_finite
-from meshlm.conversion.hf import open_hf
-from meshlm.conversion.hf_config import make_config
-from meshlm.conversion.hf_names import hf_name, hf_shapes
+from meshlm.conversion.hf.config import make_config
+from meshlm.conversion.hf.names import hf_name, hf_shapes
+from meshlm.conversion.hf.source import open_hf
 from meshlm.conversion.loading import load_stacked
-from meshlm.conversion.native import open_native
-from meshlm.conversion.tensors import cast, part_keys
+from meshlm.conversion.native.source import open_native
+from meshlm.conversion.table import part_keys
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.core.sharding import MeshConfig

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.conversion import pickled
-from meshlm.conversion.hf import HfSource, is_hf, open_hf
-from meshlm.conversion.hf_config import read_config
-from meshlm.conversion.hf_target import HfTarget
+from meshlm.conversion.hf import pickled
+from meshlm.conversion.hf.config import read_config
+from meshlm.conversion.hf.source import HfSource, is_hf, open_hf
+from meshlm.conversion.hf.target import HfTarget
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe

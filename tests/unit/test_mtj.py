@@ -13,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import original
-from meshlm.conversion.mtj import is_mtj, open_mtj
-from meshlm.conversion.mtj_target import MtjTarget, make_shares
+from meshlm.conversion.cast import CastPart
+from meshlm.conversion.mtj.source import is_mtj, open_mtj
+from meshlm.conversion.mtj.target import MtjTarget, make_shares
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import CastPart, Source, part_keys
+from meshlm.conversion.source import Source
+from meshlm.conversion.table import part_keys
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.formats import archive
 from meshlm.formats.tensor import TensorInfo

@@ -15,9 +15,9 @@ import pytest
 import zstandard
 
 import original
-from meshlm.conversion import mtj_archive
-from meshlm.conversion.mtj import is_mtj, open_mtj
-from meshlm.conversion.mtj_target import MtjTarget
+from meshlm.conversion.mtj import archive as mtj_archive
+from meshlm.conversion.mtj.source import is_mtj, open_mtj
+from meshlm.conversion.mtj.target import MtjTarget
 from meshlm.core.errors import BadInputError
 from meshlm.formats import archive
 from original import BFLOAT16, make_trees, pack_members, small

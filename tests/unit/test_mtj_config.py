@@ -7,13 +7,13 @@ import pytest
 
 import original
 from meshlm.cli import convert_config
-from meshlm.conversion.mtj_config import (
+from meshlm.conversion.mtj.config import (
     config_of_model,
     looks_like_old_config,
     parse_old_config,
     read_old_config,
 )
-from meshlm.conversion.mtj_recipe import differences, to_run_config
+from meshlm.conversion.mtj.recipe import differences, to_run_config
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import PRESETS, ModelConfig

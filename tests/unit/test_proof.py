@@ -12,10 +12,10 @@ import pytest
 
 from meshlm.api import load
 from meshlm.cli.main import main
-from meshlm.conversion.certificate import CERTIFICATE_FILE
 from meshlm.conversion.convert import convert
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.proof import check_all
+from meshlm.conversion.proof.certificate import CERTIFICATE_FILE
+from meshlm.conversion.proof.record import check_all
 from meshlm.core.errors import BadInputError, UsageError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mtj/dev_s4_distinct"

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from meshlm.cli.main import main
-from meshlm.conversion.hf import HfSource
-from meshlm.conversion.hf_config import make_config
-from meshlm.conversion.hf_names import hf_name, hf_shapes
+from meshlm.conversion.hf.config import make_config
+from meshlm.conversion.hf.names import hf_name, hf_shapes
+from meshlm.conversion.hf.source import HfSource
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.tensors import Source, part_keys
+from meshlm.conversion.source import Source
+from meshlm.conversion.table import part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer

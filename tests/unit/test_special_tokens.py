@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from apps import CONTEXT
-from meshlm.conversion.mtj_tokens import read_kept_tokens
+from meshlm.conversion.mtj.tokens import read_kept_tokens
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data import bpe, records
 from meshlm.data.prepare import PrepareConfig, prepare

@@ -18,10 +18,10 @@ from rich.progress import (
 )
 from tyro.conf import Positional
 
-from meshlm.conversion.certificate import CERTIFICATE_FILE, Certificate
 from meshlm.conversion.convert import convert
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.tensors import Source
+from meshlm.conversion.proof.certificate import CERTIFICATE_FILE, Certificate
+from meshlm.conversion.source import Source
 from meshlm.model.params import count_params
 
 EXAMPLES = (

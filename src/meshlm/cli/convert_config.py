@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from meshlm.conversion.mtj_config import read_old_config
-from meshlm.conversion.mtj_recipe import differences, to_run_config
+from meshlm.conversion.mtj.config import read_old_config
+from meshlm.conversion.mtj.recipe import differences, to_run_config
 from meshlm.core import files
 from meshlm.core.config import to_json
 from meshlm.core.errors import UsageError

@@ -8,10 +8,11 @@ from tyro.conf import Positional
 from meshlm.checkpoint import describe_strays, step_path, steps_aside, stray_files, verify
 from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME, Damage
-from meshlm.conversion.certificate import CERTIFICATE_FILE
+from meshlm.conversion.locating import locate
 from meshlm.conversion.opening import kind_of, open_source
-from meshlm.conversion.proof import check_all
-from meshlm.conversion.recognition import locate, unknown
+from meshlm.conversion.proof.certificate import CERTIFICATE_FILE
+from meshlm.conversion.proof.record import check_all
+from meshlm.conversion.unusable import unknown
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.store import UNFINISHED, verify_store
 from meshlm.training.run_folder import CHECKPOINTS_FOLDER, read_config

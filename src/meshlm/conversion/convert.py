@@ -12,28 +12,22 @@ from typing import Any
 import numpy as np
 
 from meshlm.checkpoint import add_file
-from meshlm.conversion import certificate as certificates
-from meshlm.conversion.certificate import CERTIFICATE_FILE, Certificate, RawTensor
+from meshlm.conversion.cast import CastPart
 from meshlm.conversion.destination import Destination
 from meshlm.conversion.finite import Place
-from meshlm.conversion.hf_target import HfTarget
-from meshlm.conversion.mtj import open_mtj
-from meshlm.conversion.mtj_target import MtjTarget
-from meshlm.conversion.native_target import NativeTarget
+from meshlm.conversion.hf.target import HfTarget
+from meshlm.conversion.mtj.source import open_mtj
+from meshlm.conversion.mtj.target import MtjTarget
+from meshlm.conversion.native.target import NativeTarget
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.proof import find_record
-from meshlm.conversion.reference import ReferenceForward
-from meshlm.conversion.streamed import StreamedForward
-from meshlm.conversion.tensors import (
-    CastPart,
-    Group,
-    Kind,
-    Part,
-    PartKey,
-    Source,
-    Target,
-    stacked_name,
-)
+from meshlm.conversion.proof import certificate as certificates
+from meshlm.conversion.proof.certificate import CERTIFICATE_FILE, Certificate, RawTensor
+from meshlm.conversion.proof.record import find_record
+from meshlm.conversion.proof.reference import ReferenceForward
+from meshlm.conversion.proof.streamed import StreamedForward
+from meshlm.conversion.source import Group, Kind, Part, PartKey, Source
+from meshlm.conversion.table import stacked_name
+from meshlm.conversion.target import Target
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, MeshLMError
 from meshlm.formats.tensor import DTYPES, TensorInfo

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from meshlm.checkpoint.folder import remove_tree
-from meshlm.conversion.certificate import CERTIFICATE_FILE
+from meshlm.conversion.proof.certificate import CERTIFICATE_FILE
 from meshlm.core.errors import UsageError
 from meshlm.core.files import open_folder, sync_folder
 

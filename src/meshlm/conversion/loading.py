@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from meshlm.conversion.cast import cast
 from meshlm.conversion.finite import check_finite
-from meshlm.conversion.tensors import Group, Part, Source, cast, stacked_name
+from meshlm.conversion.source import Group, Part, Source
+from meshlm.conversion.table import stacked_name
 from meshlm.core.sharding import sharding_of
 from meshlm.core.tree import from_named, map_named, to_named
 from meshlm.formats.tensor import TensorInfo

@@ -4,13 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-from meshlm.conversion.hf import is_hf, open_hf
-from meshlm.conversion.mtj import is_mtj, open_mtj
-from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES, looks_like_old_config, parse_old_config
-from meshlm.conversion.native import CONFIG_FILE, is_native, open_native, read_model
-from meshlm.conversion.proof import require_proof
-from meshlm.conversion.recognition import locate, refuse_unusable, unknown
-from meshlm.conversion.tensors import Kind, Source
+from meshlm.conversion.hf.source import is_hf, open_hf
+from meshlm.conversion.locating import locate
+from meshlm.conversion.mtj.config import MAX_CONFIG_BYTES, looks_like_old_config, parse_old_config
+from meshlm.conversion.mtj.source import is_mtj, open_mtj
+from meshlm.conversion.native.source import CONFIG_FILE, is_native, open_native, read_model
+from meshlm.conversion.proof.record import require_proof
+from meshlm.conversion.source import Kind, Source
+from meshlm.conversion.unusable import refuse_unusable, unknown
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.lfs import refuse_pointer
 from meshlm.core.waiting import Waiting

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshlm.conversion.loading import load_stacked
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.tensors import Source
+from meshlm.conversion.source import Source
 from meshlm.core.errors import UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.store import TokenStore

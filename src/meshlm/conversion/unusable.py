@@ -1,12 +1,10 @@
-"""What lies at a path where weights are looked for: their folder, or what is there instead.
+"""What lies at a path instead of weights that can be read, and what to do about it, in one line.
 
-`locate` finds the folder that is meant where a path leads to it in one way only. `refuse_unusable`
-and `unknown` say in one line what else is there, and what to do with it; they go through tables, of
-which the first row that fits speaks.
+A sign is a function that recognises one such case by the names of files. `refuse_unusable` and
+`unknown` return the error of the first sign that fits.
 """
 
 import dataclasses
-import difflib
 import fnmatch
 import itertools
 import json
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshlm.conversion.hf_files import SHARD, find_weights
+from meshlm.conversion.hf.files import SHARD, find_weights
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.core.lfs import is_pointer
 
@@ -23,7 +21,6 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _MAX_JSON_BYTES = 1 << 20
 _MOST_NAMES = 10_000
 _SHOWN = 3
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TRAINER_STEP = re.compile(r"checkpoint-(\d{1,12})")
 # What a model is read from; pointers in place of other files do no harm.
 _READ = ("*.json", "*.txt", "*.safetensors", "*.npz", "*.bin", "*.tar.zst", "*.tar.zstd")
@@ -61,52 +58,6 @@ class Contents:
 
 
 _Sign = Callable[[Contents], MeshLMError | None]
-
-
-def locate(path: Path) -> Path:
-    """Returns the folder or file that is meant by a path.
-
-    A safetensors file by itself stands for its folder, and a model's folder in the cache of the
-    Hugging Face hub for the only snapshot in it.
-
-    Raises:
-        UsageError: there is nothing at the path, or there are several snapshots.
-        BadInputError: a file is not the one that its folder's weights are read from.
-    """
-    if not path.exists():
-        raise nothing_at(path)
-    if path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json")):
-        return _folder_of(path)
-    snapshots = _snapshots(path)
-    if len(snapshots) > 1:
-        main = _text_of(path / "refs/main")
-        known = f"; refs/main is {main}" if main in [s.name for s in snapshots] else ""
-        raise UsageError(
-            f"{path} is a model's folder in the hub's cache, with {len(snapshots)} snapshots: give "
-            f"one of them, such as {snapshots[-1]}{known}"
-        )
-    return snapshots[0] if snapshots else path
-
-
-def nothing_at(path: Path) -> UsageError:
-    """Returns the error of a path where nothing is."""
-    text = str(path)
-    if path.is_symlink():
-        why = f"it is a link to {path.readlink()}, which is not there"
-    elif text.startswith("~"):
-        why = "~ stands for your home folder in a shell alone: write the folder out"
-    elif text.startswith(("http:", "https:", "hf:")):
-        why = "MeshLM downloads nothing: download the model, and give its folder"
-    elif near := _near(path):
-        why = f"did you mean {near}?"
-    elif _HUB_NAME.fullmatch(text) and not path.parent.exists():
-        why = (
-            "MeshLM downloads nothing; if it is a model on the Hugging Face hub: "
-            f"hf download {text} --local-dir {path.name}, and give {path.name}"
-        )
-    else:
-        return UsageError(f"{path}: there is nothing at this path")
-    return UsageError(f"{path}: there is nothing at this path; {why}")
 
 
 def refuse_unusable(path: Path) -> None:
@@ -326,48 +277,11 @@ _SIGNS: tuple[_Sign, ...] = (
 )
 
 
-def _folder_of(path: Path) -> Path:
-    folder = path.parent
-    found = find_weights(folder)
-    if found is None or path.name not in [found.path.name, *(p.name for p in found.paths)]:
-        read = "nothing" if found is None else found.path.name
-        raise BadInputError(
-            f"{path} is not what the weights of {folder} are read from ({read} is): give the "
-            "folder, or name the file model.safetensors beside a config.json"
-        )
-    return folder
-
-
-def _snapshots(path: Path) -> list[Path]:
-    """Returns the snapshots in a model's folder of the hub's cache, oldest first."""
-    folder = path / "snapshots"
-    if not path.name.startswith("models--") or not folder.is_dir():
-        return []
-    found = [entry for entry in folder.iterdir() if entry.is_dir()]
-    return sorted(found, key=lambda entry: (entry.stat().st_mtime, entry.name))
-
-
-def _near(path: Path) -> Path | None:
-    if not path.parent.is_dir():
-        return None
-    names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
-    near = difflib.get_close_matches(path.name, names, 1, 0.8)
-    return path.parent / near[0] if near else None
-
-
 def _listed(paths: Sequence[Path]) -> str:
     if len(paths) == 1:
         return str(paths[0])
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     return f"one of {', '.join(map(str, paths[:_SHOWN]))}{more}"
-
-
-def _text_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(100).decode(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _json_of(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from meshlm.checkpoint import ArrayInfo, LayerWriter
-from meshlm.conversion.native import (
+from meshlm.conversion.cast import cast
+from meshlm.conversion.native.source import (
     ADAM_COUNT,
     CONFIG_FILE,
     PREFIXES,
@@ -15,7 +16,9 @@ from meshlm.conversion.native import (
     TOKENIZER_FILE,
 )
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
-from meshlm.conversion.tensors import Group, Part, PartKey, Target, cast, part_keys, stacked_name
+from meshlm.conversion.source import Group, Part, PartKey
+from meshlm.conversion.table import part_keys, stacked_name
+from meshlm.conversion.target import Target
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens

@@ -5,7 +5,7 @@ Source: mesh-transformer-jax, device_train.py, train.py, tfrecord_loader.py, lay
 
 from typing import Any
 
-from meshlm.conversion.mtj_config import OldConfig
+from meshlm.conversion.mtj.config import OldConfig
 from meshlm.core.config import to_dict
 from meshlm.core.errors import BadInputError
 

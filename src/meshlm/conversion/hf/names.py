@@ -8,7 +8,8 @@ Source: transformers 5.23, models/gptj/modeling_gptj.py.
 import re
 from collections.abc import Sequence
 
-from meshlm.conversion.tensors import PartKey, native_shapes
+from meshlm.conversion.source import PartKey
+from meshlm.conversion.table import native_shapes
 from meshlm.model.config import ModelConfig
 
 PREFIX = "transformer."

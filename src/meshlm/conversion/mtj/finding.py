@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from meshlm.conversion.mtj_config import (
+from meshlm.conversion.mtj.config import (
     MAX_CONFIG_BYTES,
     OldConfig,
     looks_like_old_config,

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from meshlm.conversion.certificate import CERTIFICATE_FILE, RawTensor, hash_file, raw_tensors
-from meshlm.conversion.tensors import Source
+from meshlm.conversion.proof.certificate import CERTIFICATE_FILE, RawTensor, hash_file, raw_tensors
+from meshlm.conversion.source import Source
 from meshlm.core.errors import BadInputError, UsageError
 
 # A full checkpoint of the original's, of 8 shards and 28 layers, has 8 MB of them.

@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from meshlm.conversion.tensors import Group, PartKey, native_shapes
+from meshlm.conversion.source import Group, PartKey
+from meshlm.conversion.table import native_shapes
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import ModelConfig
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from meshlm.conversion.hf_config import HfConfig
+from meshlm.conversion.hf.config import HfConfig
 from meshlm.core import files
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, load_gpt2

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion import mtj_layout
-from meshlm.conversion.mtj import summed
-from meshlm.conversion.mtj_config import config_of_model
-from meshlm.conversion.mtj_finding import META_NAME
-from meshlm.conversion.mtj_layout import STEP, Slot
-from meshlm.conversion.mtj_tokens import write_kept_tokens
+from meshlm.conversion.mtj import layout as mtj_layout
+from meshlm.conversion.mtj.config import config_of_model
+from meshlm.conversion.mtj.finding import META_NAME
+from meshlm.conversion.mtj.layout import STEP, Slot
+from meshlm.conversion.mtj.source import summed
+from meshlm.conversion.mtj.tokens import write_kept_tokens
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import Group, Part, PartKey, Target
+from meshlm.conversion.source import Group, Part, PartKey
+from meshlm.conversion.target import Target
 from meshlm.core import files
 from meshlm.core.config import to_json
 from meshlm.data.special_tokens import SpecialTokens

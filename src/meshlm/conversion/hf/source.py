@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshlm.conversion import hf_names, pickled
 from meshlm.conversion.finite import Place
-from meshlm.conversion.hf_config import (
+from meshlm.conversion.hf import names as hf_names
+from meshlm.conversion.hf import pickled
+from meshlm.conversion.hf.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     HfConfig,
@@ -18,10 +19,11 @@ from meshlm.conversion.hf_config import (
     read_generation_config,
     read_json,
 )
-from meshlm.conversion.hf_files import find_weights, has_weights
-from meshlm.conversion.hf_tokenizer import CHAT_TEMPLATE_FILE, tokenizer_of
-from meshlm.conversion.recognition import no_weights
-from meshlm.conversion.tensors import Group, Part, PartKey, Source, native_shapes, part_keys
+from meshlm.conversion.hf.files import find_weights, has_weights
+from meshlm.conversion.hf.tokenizer import CHAT_TEMPLATE_FILE, tokenizer_of
+from meshlm.conversion.source import Group, Part, PartKey, Source
+from meshlm.conversion.table import native_shapes, part_keys
+from meshlm.conversion.unusable import no_weights
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens, fits, rowless_note
 from meshlm.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshlm.conversion.tensors import Part
+from meshlm.conversion.source import Part
 from meshlm.model import transformer
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params

@@ -60,7 +60,7 @@ def check_torch() -> None:
 
 def _run(path: Path, target: Path) -> None:
     # -P: a torch.py in the working folder is not the one that is meant.
-    command = [sys.executable, "-P", "-m", "meshlm.conversion.pickled", str(path), str(target)]
+    command = [sys.executable, "-P", "-m", "meshlm.conversion.hf.pickled", str(path), str(target)]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     if ended.returncode == 0:
         return

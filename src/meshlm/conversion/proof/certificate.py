@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from meshlm.conversion.tensors import Part, Source, cast
+from meshlm.conversion.cast import cast
+from meshlm.conversion.source import Part, Source
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import MeshLMError
 from meshlm.formats.tensor import TensorInfo

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion.hf_config import (
+from meshlm.conversion.cast import cast
+from meshlm.conversion.hf.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     id_settings,
     make_config,
 )
-from meshlm.conversion.hf_files import INDEX_SUFFIX, WEIGHTS_FILE
-from meshlm.conversion.hf_names import hf_name, hf_shapes
-from meshlm.conversion.hf_tokenizer import write_json, write_tokenizer
+from meshlm.conversion.hf.files import INDEX_SUFFIX, WEIGHTS_FILE
+from meshlm.conversion.hf.names import hf_name, hf_shapes
+from meshlm.conversion.hf.tokenizer import write_json, write_tokenizer
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import Group, Part, PartKey, Target, cast, part_keys
+from meshlm.conversion.source import Group, Part, PartKey
+from meshlm.conversion.table import part_keys
+from meshlm.conversion.target import Target
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.formats.safetensors import TensorWriter

@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from meshlm.conversion import mtj_finding, mtj_layout
-from meshlm.conversion.mtj_config import MAX_CONFIG_BYTES
-from meshlm.conversion.mtj_layout import FILES_PER_SHARD, Slot
-from meshlm.conversion.mtj_store import Reader, Store, check_files, check_split, count_shards
+from meshlm.conversion.mtj import finding as mtj_finding
+from meshlm.conversion.mtj import layout as mtj_layout
+from meshlm.conversion.mtj.config import MAX_CONFIG_BYTES
+from meshlm.conversion.mtj.layout import FILES_PER_SHARD, Slot
+from meshlm.conversion.mtj.store import Reader, Store, check_files, check_split, count_shards
 from meshlm.core.errors import BadInputError
 from meshlm.formats.archive import FREE_BYTES, MAX_GROWTH, ArchivedFile, archived_files
 from meshlm.formats.npy import NpyHeader

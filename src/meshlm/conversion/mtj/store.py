@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion import mtj_layout
-from meshlm.conversion.mtj_layout import Layout, Slot
+from meshlm.conversion.mtj import layout as mtj_layout
+from meshlm.conversion.mtj.layout import Layout, Slot
 from meshlm.core.errors import BadInputError
 from meshlm.formats import archive
 from meshlm.formats.npy import NpyHeader, copy

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import ml_dtypes
 import numpy as np
 
-from meshlm.conversion.tensors import Kind, Part
+from meshlm.conversion.source import Kind, Part
 from meshlm.model.config import ModelConfig
 
 # Weights are cast in pieces of at most this many bytes of float32.

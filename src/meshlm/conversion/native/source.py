@@ -13,17 +13,10 @@ from meshlm.checkpoint import ArrayInfo, LayerReader
 from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME
 from meshlm.conversion.finite import Place
-from meshlm.conversion.mtj_layout import SCHEDULE_COUNT
+from meshlm.conversion.mtj.layout import SCHEDULE_COUNT
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
-from meshlm.conversion.tensors import (
-    Group,
-    Part,
-    PartKey,
-    Source,
-    native_shapes,
-    part_keys,
-    stacked_name,
-)
+from meshlm.conversion.source import Group, Part, PartKey, Source
+from meshlm.conversion.table import native_shapes, part_keys, stacked_name
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.tree import to_named

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion import mtj_finding, mtj_layout
 from meshlm.conversion.finite import Place
-from meshlm.conversion.mtj_archive import Archive, ArchiveStore
-from meshlm.conversion.mtj_layout import STEP, Layout, Slot
-from meshlm.conversion.mtj_store import FolderStore, Reader, Store, check_headers
-from meshlm.conversion.mtj_tokens import KeptTokens, implied_tokenizer, read_kept_tokens
+from meshlm.conversion.mtj import finding as mtj_finding
+from meshlm.conversion.mtj import layout as mtj_layout
+from meshlm.conversion.mtj.archive import Archive, ArchiveStore
+from meshlm.conversion.mtj.layout import STEP, Layout, Slot
+from meshlm.conversion.mtj.store import FolderStore, Reader, Store, check_headers
+from meshlm.conversion.mtj.tokens import KeptTokens, implied_tokenizer, read_kept_tokens
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.tensors import Group, Part, PartKey, Source, native_names, part_keys
+from meshlm.conversion.source import Group, Part, PartKey, Source
+from meshlm.conversion.table import native_names, part_keys
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer

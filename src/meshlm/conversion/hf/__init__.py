@@ -1,0 +1,1 @@
+"""Folders of Hugging Face transformers: config.json, safetensors, the tokenizer's files."""

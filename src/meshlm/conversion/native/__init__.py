@@ -1,0 +1,1 @@
+"""MeshLM's own checkpoints as a source and a target of conversions."""
