@@ -15,24 +15,34 @@ import numpy as np
 import pytest
 
 from meshlm.core import kernels
+from meshlm.core.kernels import Kernels
 from meshlm.generation import DecodeModel, Generator, SamplingConfig
 from meshlm.model.params import unstack_blocks
 from meshlm.model.quantize import quantise_params
-from meshlm.ops import streamed
 from meshlm.ops.attention import attend_to_cache
-from meshlm.ops.quantised import quantise
+from meshlm.ops.cpu import library, streamed
+from meshlm.ops.cpu.library import LIBRARY
+from meshlm.ops.linear import dots
+from meshlm.ops.weights import Dense, Int8
 from tiny import CONFIG, F32, draw_params, relative_max
 
-build = kernels._library
-find = kernels._find.__wrapped__
 
-needs_kernels = pytest.mark.skipif(not kernels.kernels().ready, reason=kernels.kernels().detail)
+def build() -> Path:
+    return kernels._build(LIBRARY)
+
+
+def find(library: kernels.KernelLibrary = LIBRARY) -> Kernels:
+    """What the library's first use finds, whatever an earlier one found."""
+    return kernels._load.__wrapped__(library)
+
+
+needs_kernels = pytest.mark.skipif(not library.kernels().ready, reason=library.kernels().detail)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    monkeypatch.delenv(LIBRARY.switch, raising=False)
     return tmp_path / "meshlm" / "kernels"
 
 
@@ -58,7 +68,7 @@ def test_without_a_compiler_the_reason_is_told(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find() == kernels.Kernels(ready=False, detail="there is no C compiler (cc) on PATH")
+    assert find() == Kernels(ready=False, detail="there is no C compiler (cc) on PATH")
 
 
 def test_a_compiler_that_fails_is_quoted(
@@ -87,7 +97,7 @@ def test_a_cache_that_cannot_be_made_is_no_error(
 
 def test_a_user_without_a_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    monkeypatch.delenv(LIBRARY.switch, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     monkeypatch.setenv("HOME", "here")
     assert "no cache folder" in find().detail
@@ -109,16 +119,15 @@ def test_a_library_that_jax_does_not_take_is_no_error(
 
 
 @needs_kernels
-def test_a_library_without_the_symbol_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_TARGETS", ("meshlm_nothing",))
-    found = find()
+def test_a_library_without_the_symbol_is_no_error() -> None:
+    found = find(dataclasses.replace(LIBRARY, targets=("meshlm_nothing",)))
     assert not found.ready
     assert "meshlm_nothing" in found.detail
 
 
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.SWITCH, "off")
-    assert find() == kernels.Kernels(ready=False, detail="MESHLM_KERNELS=off")
+    monkeypatch.setenv(LIBRARY.switch, "off")
+    assert find() == Kernels(ready=False, detail="MESHLM_KERNELS=off")
 
 
 @needs_kernels
@@ -194,13 +203,13 @@ def test_nan_in_unused_places_changes_no_bit(dtype: str) -> None:
 
 @needs_kernels
 def test_threads_may_call_them_at_once() -> None:
-    weight = quantise(draw(300, 256, seed=1))
+    weight = Int8.from_array(draw(300, 256, seed=1))
     keys, values = draw(3, 4, 200, 64, seed=2), draw(3, 4, 200, 64, seed=3)
     lengths = jnp.asarray([1, 77, 200])
 
     @jax.jit
     def run(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        whole, exact = streamed.dots([(x, weight, 1), (x, keys[0, 0].repeat(4, 1), 1)])
+        whole, exact = dots([(x, weight, 1), (x, Dense(keys[0, 0].repeat(4, 1)), 1)], streamed=True)
         return whole, exact, streamed.attend(x.reshape(3, 4, 64), keys, values, lengths)
 
     inputs = [draw(3, 256, seed=seed) for seed in range(3)]
@@ -224,14 +233,17 @@ def test_without_memory_the_call_fails_and_not_the_process(
     header = tmp_path / "none.h"
     header.write_text(f"#include <stdlib.h>\n#define {function} NULL\n")
     monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-include", str(header)))
-    library = ctypes.CDLL(str(build()))
+    built = ctypes.CDLL(str(build()))
     for name in ("PRODUCTS", "ATTENTION"):
-        own = f"{getattr(kernels, name)}_without_{function}"
-        target = jax.ffi.pycapsule(getattr(library, getattr(kernels, name)))
+        call = getattr(library, name)
+        own = f"{call}_without_{function}"
+        target = jax.ffi.pycapsule(getattr(built, call))
         jax.ffi.register_ffi_target(own, target, platform="cpu")
         monkeypatch.setattr(streamed, name, own)
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-        jax.block_until_ready(streamed.dots([(draw(2, 16), quantise(draw(3, 16)), 1)]))
+        jax.block_until_ready(
+            streamed.products([Int8.from_array(draw(3, 16)).streamed_operands(draw(2, 16), 1)])
+        )
     lengths, keys = jnp.asarray([1]), draw(1, 2, 4, 16)
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         jax.block_until_ready(streamed.attend(draw(1, 2, 16), keys, keys, lengths))

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 import meshlm
 from meshlm.core.errors import UsageError
-from meshlm.core.kernels import kernels
 from meshlm.core.sharding import MeshConfig
 from meshlm.core.tree import count_bytes, to_named
 from meshlm.generation import DecodeModel, Scorer
 from meshlm.model.params import PRODUCT_WEIGHTS, unstack_blocks
 from meshlm.model.quantize import quantise_params
-from meshlm.ops import linear, quantised, streamed
 from meshlm.ops.attention import attend
-from meshlm.ops.quantised import Quantised, dequantise, quantise, quantise_rows
+from meshlm.ops.cpu import streamed
+from meshlm.ops.cpu.library import kernels
+from meshlm.ops.weights import Dense, Int8, Matrix, round_rows
 from servers import write_checkpoint
 from tiny import CONFIG, F32, draw_params, relative_l2, relative_max
 
@@ -32,7 +32,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def exact_dot(x: np.ndarray, weight: Quantised) -> np.ndarray:
+def exact_dot(x: np.ndarray, weight: Int8) -> np.ndarray:
     """The product as it is defined, with whole numbers in int64."""
     values = np.asarray(weight.values, np.int64).reshape(weight.scale.size, -1)
     largest = np.abs(x).max(axis=-1).astype(np.float32)
@@ -44,6 +44,11 @@ def exact_dot(x: np.ndarray, weight: Quantised) -> np.ndarray:
     return (rows @ values.T).astype(np.float32) * scale
 
 
+def kernel_dots(pairs: list[tuple[jax.Array, Matrix]]) -> list[jax.Array]:
+    """The products of [M, K] with [N, K], by the compiled kernel whatever the platform."""
+    return streamed.products([weight.streamed_operands(x, 1) for x, weight in pairs])
+
+
 # Rounding.
 
 
@@ -51,7 +56,7 @@ def exact_dot(x: np.ndarray, weight: Quantised) -> np.ndarray:
 @settings(max_examples=15)
 def test_rounding_is_within_half_a_unit_and_reaches_127(rows, inner, size, seed):
     x = draw(rows, inner, seed=seed) * np.float32(size)
-    values, scale = map(np.asarray, quantise_rows(jnp.asarray(x)))
+    values, scale = map(np.asarray, round_rows(jnp.asarray(x)))
     assert values.dtype == np.int8
     np.testing.assert_array_equal(np.abs(values.astype(int)).max(axis=1), 127)
     error = np.abs(values * scale[:, None].astype(np.float64) - x)
@@ -60,17 +65,17 @@ def test_rounding_is_within_half_a_unit_and_reaches_127(rows, inner, size, seed)
 
 def test_a_row_of_zeros_stays_zero_and_what_is_not_finite_is_seen():
     x = jnp.asarray([[0.0, 0.0], [1.0, jnp.inf], [jnp.nan, 1.0], [1e-45, 0.0]])
-    values, scale = map(np.asarray, quantise_rows(x))
+    values, scale = map(np.asarray, round_rows(x))
     assert not values[0].any()
     assert np.isfinite(scale).tolist() == [True, False, False, True]
-    y = np.asarray(quantised.dot(x, quantise(jnp.ones((3, 2)))))
+    y = np.asarray(Int8.from_array(jnp.ones((3, 2))).plain_dot(x))
     assert not y[0].any()
     assert not np.isfinite(y[1:3]).any()
 
 
 def test_each_output_has_its_own_scale():
     weight = jnp.asarray(draw(6, 8) * np.logspace(-6, 6, 6, dtype=np.float32)[:, None])
-    error = np.abs(np.asarray(dequantise(quantise(weight))) - weight)
+    error = np.abs(np.asarray(Int8.from_array(weight).to_array()) - weight)
     assert (error.max(axis=1) <= 0.5001 * np.abs(weight).max(axis=1) / 127).all()
 
 
@@ -82,8 +87,8 @@ SHAPES = [((1, 1, 8), (3, 8), 1), ((2, 5, 8), (3, 4, 8), 1), ((3, 1, 4, 20), (70
 @pytest.mark.parametrize(("x_shape", "w_shape", "contract"), SHAPES)
 def test_a_product_is_near_that_in_float64_and_exactly_its_definition(x_shape, w_shape, contract):
     x, weight = draw(*x_shape), draw(*w_shape, seed=1)
-    in_int8 = quantise(jnp.asarray(weight), contract)
-    found = np.asarray(linear.dot(jnp.asarray(x), in_int8, contract=contract))
+    in_int8 = Int8.from_array(jnp.asarray(weight), contract)
+    found = np.asarray(in_int8.dot(jnp.asarray(x), contract=contract))
     outs = w_shape[: len(w_shape) - contract]
     assert found.shape == (*x_shape[: len(x_shape) - contract], *outs)
     inner = int(np.prod(w_shape[len(outs) :]))
@@ -106,12 +111,15 @@ def test_a_product_is_near_that_in_float64_and_exactly_its_definition(x_shape, w
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 13])
 def test_kernels_products_in_int8_are_the_references_bit_for_bit(rows):
     pairs = [
-        (jnp.asarray(draw(rows, inner, seed=inner)), quantise(jnp.asarray(draw(outs, inner))), 1)
+        (
+            jnp.asarray(draw(rows, inner, seed=inner)),
+            Int8.from_array(jnp.asarray(draw(outs, inner))),
+        )
         for outs, inner in ((1, 1), (7, 5), (33, 70), (130, 1024), (6, 200))
     ]
-    pairs.append((pairs[-1][0], quantise(jnp.asarray(draw(9, 200, seed=1))), 1))
+    pairs.append((pairs[-1][0], Int8.from_array(jnp.asarray(draw(9, 200, seed=1)))))
     found, wanted = jax.jit(
-        lambda: (streamed.dots(pairs), [quantised.dot(x, weight) for x, weight, _ in pairs])
+        lambda: (kernel_dots(pairs), [weight.plain_dot(x) for x, weight in pairs])
     )()
     for y, reference in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(y, reference)
@@ -120,11 +128,11 @@ def test_kernels_products_in_int8_are_the_references_bit_for_bit(rows):
 @needs_kernels
 def test_kernels_products_of_rows_of_zeros_and_not_finite_ones():
     x = jnp.asarray([[0.0, 0.0], [1.0, jnp.inf], [jnp.nan, 1.0], [3.0, -1.0]])
-    weight = quantise(jnp.ones((3, 2)))
-    (found,) = jax.jit(lambda x: streamed.dots([(x, weight, 1)]))(x)
+    weight = Int8.from_array(jnp.ones((3, 2)))
+    (found,) = jax.jit(lambda x: kernel_dots([(x, weight)]))(x)
     assert not np.asarray(found)[0].any()
     assert not np.isfinite(np.asarray(found)[1:3]).any()
-    np.testing.assert_array_equal(found[3], quantised.dot(x, weight)[3])
+    np.testing.assert_array_equal(found[3], weight.plain_dot(x)[3])
 
 
 @needs_kernels
@@ -134,13 +142,12 @@ def test_kernels_products_are_those_of_float64_to_float32s_precision(rows, dtype
     pairs = [
         (
             jnp.asarray(draw(rows, inner, seed=inner), dtype),
-            jnp.asarray(draw(outs, inner), dtype),
-            1,
+            Dense(jnp.asarray(draw(outs, inner), dtype)),
         )
         for outs, inner in ((1, 1), (7, 5), (33, 70), (130, 1024))
     ]
-    for y, (x, weight, _) in zip(jax.jit(lambda: streamed.dots(pairs))(), pairs, strict=True):
-        wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    for y, (x, weight) in zip(jax.jit(lambda: kernel_dots(pairs))(), pairs, strict=True):
+        wanted = np.asarray(x, np.float64) @ np.asarray(weight.array, np.float64).T
         assert y.dtype == jnp.float32
         assert np.abs(y - wanted).max() <= 2e-6 * np.abs(wanted).max() + 1e-6
 
@@ -149,9 +156,9 @@ def test_kernels_products_are_those_of_float64_to_float32s_precision(rows, dtype
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_rows_product_does_not_depend_on_the_rows_beside_it(dtype):
     x, weight = jnp.asarray(draw(9, 100)), jnp.asarray(draw(50, 100, seed=1))
-    weight = quantise(weight) if dtype == "int8" else weight.astype(dtype)
+    weight = Int8.from_array(weight) if dtype == "int8" else Dense(weight.astype(dtype))
     x = x if dtype == "int8" else x.astype(dtype)
-    run = jax.jit(lambda x: streamed.dots([(x, weight, 1)])[0])
+    run = jax.jit(lambda x: kernel_dots([(x, weight)])[0])
     together = np.asarray(run(x))
     for rows in (1, 3, 8):
         np.testing.assert_array_equal(run(x[:rows]), together[:rows])
@@ -212,9 +219,9 @@ def test_logits_are_those_of_the_weights_that_int8_stands_for():
     # With the weights' rounding in both, what is left is that of the activations.
     params = quantise_params(unstack_blocks(draw_params(CONFIG)))
     rounded = jax.tree.map(
-        lambda w: dequantise(w) if isinstance(w, Quantised) else w,
+        lambda w: w.to_array() if isinstance(w, Matrix) else w,
         params,
-        is_leaf=lambda w: isinstance(w, Quantised),
+        is_leaf=lambda w: isinstance(w, Matrix),
     )
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 20))
     found, wanted = (
@@ -237,7 +244,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
 
 def test_a_model_loaded_in_int8_generates_and_scores(checkpoint):
     own, in_int8 = meshlm.load(checkpoint), meshlm.load(checkpoint, quantize="int8")
-    assert isinstance(in_int8.params.blocks[1].ff_out, Quantised)
+    assert isinstance(in_int8.params.blocks[1].ff_out, Int8)
     matrices = count_bytes(own.params.blocks)
     assert count_bytes(in_int8.params.blocks) < 0.35 * matrices
     tokens = [[1, 2, 3, 4, 5]]

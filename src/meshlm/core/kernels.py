@@ -1,14 +1,15 @@
-"""Kernels in C for decoding on a CPU, compiled on the user's machine where there is a compiler.
+"""Building and loading of kernels in C, compiled on the user's machine where there is a compiler.
 
 Nothing has to be compiled to install MeshLM, and everything works without: XLA then computes the
-same, slower. The library lies in a folder that only the user may write to, by a hash of all that it
-depends on, and is built once.
+same, slower. A library lies in a folder that only the user may write to, under a hash of all that
+it depends on, and is built once.
 """
 
 import ctypes
 import dataclasses
 import functools
 import hashlib
+import importlib.resources
 import os
 import shutil
 import subprocess
@@ -19,15 +20,6 @@ from pathlib import Path
 from meshlm.core.errors import UsageError
 from meshlm.core.private_folder import private_folder
 
-PRODUCTS = "meshlm_products"
-"""The name of the call that multiplies; see kernels.c."""
-
-ATTENTION = "meshlm_attention"
-"""The name of the call that attends to a cache."""
-
-SWITCH = "MESHLM_KERNELS"
-"""The environment variable that turns them off, with the value `off`."""
-
 _FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -35,20 +27,34 @@ _FLAGS = (
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fvisibility=hidden",
     "-w",
 )
-_TARGETS = (PRODUCTS, ATTENTION)
 _COMPILE_TIMEOUT_S = 120
-# The first one includes the others.
-_SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("kernels.c", "kernels_products.h", "kernels_attention.h")
-)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelLibrary:
+    """C sources that are compiled together, and the calls that XLA finds in the result."""
+
+    package: str
+    """Where the sources lie."""
+    sources: tuple[str, ...]
+    """File names; those in `.c` are compiled, the others are included by them."""
+    targets: tuple[str, ...]
+    """Functions of XLA's foreign function interface, registered under their own names."""
+    switch: str
+    """The environment variable that turns the library off, with the value `off`."""
+
+    def paths(self) -> list[Path]:
+        """Returns the sources' paths."""
+        folder = Path(str(importlib.resources.files(self.package)))
+        return [folder / name for name in self.sources]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Whether the kernels are there."""
+    """Whether a library's kernels can be called."""
 
     ready: bool
     detail: str
@@ -63,32 +69,32 @@ class _NoKernelsError(Exception):
     """Why they cannot be had."""
 
 
-def kernels() -> Kernels:
+def load_kernels(library: KernelLibrary) -> Kernels:
     """Returns whether the kernels are there; compiles and registers them the first time."""
     with _lock:
-        return _find()
+        return _load(library)
 
 
 @functools.cache
-def _find() -> Kernels:
+def _load(library: KernelLibrary) -> Kernels:
     try:
-        if os.environ.get(SWITCH) == "off":
-            raise _NoKernelsError(f"{SWITCH}=off")
-        path = _library()
-        _register(path)
+        if os.environ.get(library.switch) == "off":
+            raise _NoKernelsError(f"{library.switch}=off")
+        path = _build(library)
+        _register(library, path)
     except (_NoKernelsError, UsageError, OSError, subprocess.SubprocessError) as error:
         return Kernels(ready=False, detail=str(error))
     return Kernels(ready=True, detail=str(path))
 
 
-def _library() -> Path:
-    """Returns the library's path, after building it where it is not there yet."""
+def _build(library: KernelLibrary) -> Path:
+    """Returns the compiled library's path, after building it where it is not there yet."""
     import jax
 
     compiler = shutil.which("cc")
     if compiler is None:
         raise _NoKernelsError("there is no C compiler (cc) on PATH")
-    sources = [path.read_bytes() for path in _SOURCES]
+    sources = [path.read_bytes() for path in library.paths()]
     include = Path(jax.ffi.include_dir())
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10).stdout
     parts = (*sources, (include / "xla/ffi/api/c_api.h").read_bytes(), version, _processor())
@@ -98,7 +104,7 @@ def _library() -> Path:
         raise _NoKernelsError("the user has no cache folder that can be written: XDG_CACHE_HOME")
     path = folder / f"kernels-{key}.so"
     if not path.exists():
-        _compile(compiler, include, path)
+        _compile(compiler, library, include, path)
     return path
 
 
@@ -109,7 +115,7 @@ def _processor() -> bytes:
     return b"\n".join(line for line in lines if line.startswith(names))
 
 
-def _compile(compiler: str, include: Path, path: Path) -> None:
+def _compile(compiler: str, library: KernelLibrary, include: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         built = Path(name) / "kernels.so"
         ran = subprocess.run(
@@ -119,7 +125,7 @@ def _compile(compiler: str, include: Path, path: Path) -> None:
                 "-fPIC",
                 "-shared",
                 f"-I{include}",
-                str(_SOURCES[0]),
+                *(str(source) for source in library.paths() if source.suffix == ".c"),
                 "-o",
                 str(built),
             ],
@@ -133,13 +139,13 @@ def _compile(compiler: str, include: Path, path: Path) -> None:
         built.replace(path)
 
 
-def _register(path: Path) -> None:
+def _register(library: KernelLibrary, path: Path) -> None:
     import jax
 
-    library = ctypes.CDLL(str(path))
+    loaded = ctypes.CDLL(str(path))
     try:
-        for name in _TARGETS:
-            target = jax.ffi.pycapsule(getattr(library, name))
+        for name in library.targets:
+            target = jax.ffi.pycapsule(getattr(loaded, name))
             jax.ffi.register_ffi_target(name, target, platform="cpu")
     except (AttributeError, RuntimeError, ValueError) as error:
         # A symbol is missing, or JAX does not take it: of another version of the interface.

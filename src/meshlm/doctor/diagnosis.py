@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Sequence
 
-from meshlm.core.kernels import Kernels, kernels
+from meshlm.core.kernels import Kernels
 from meshlm.core.platform import DeviceFacts, Flag, applied_flags, device_facts
 from meshlm.doctor.checks import Check, run_checks
 from meshlm.doctor.installed import Extra, Library, read_requirements, version
 from meshlm.doctor.machine import Machine, gib, read_machine
+from meshlm.ops.cpu.library import kernels
 
 _GPU_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 _JAX_PACKAGES = ("jaxlib", "libtpu", *_GPU_PLUGINS)

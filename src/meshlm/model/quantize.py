@@ -8,15 +8,15 @@ import jax
 
 from meshlm.core.tree import map_named
 from meshlm.model.params import PRODUCT_WEIGHTS, Params
-from meshlm.ops.quantised import Quantised, quantise
+from meshlm.ops.weights import Int8
 
 # How many dims a product contracts, where it is not the last one alone.
 _CONTRACTED = {"attention_out": 2}
 
 
 @functools.partial(jax.jit, static_argnames="contract")
-def _quantise(weight: jax.Array, *, contract: int) -> Quantised:
-    return quantise(weight, contract)
+def _quantise(weight: jax.Array, *, contract: int) -> Int8:
+    return Int8.from_array(weight, contract)
 
 
 def quantise_weight(name: str, weight: jax.Array) -> Any:

@@ -9,25 +9,25 @@ transformers does.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import gather_reduced, reshard, share
+from meshlm.core.sharding import reshard, share
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
-from meshlm.ops import streamed
 from meshlm.ops.attention import attend_to_cache
+from meshlm.ops.cpu import streamed
 from meshlm.ops.fast_attention import MIXED, attend_causally
-from meshlm.ops.linear import Matrix, add_bias, dots, layer_norm, lookup
+from meshlm.ops.linear import add_bias, dots, layer_norm, lookup, operand
 from meshlm.ops.loss import head_loss
-from meshlm.ops.quantised import Quantised
 from meshlm.ops.rotary import apply_rotary, rotary_table, table_rows
+from meshlm.ops.weights import Matrix, as_matrix
 
 # Query, key and value; the feed-forward's first product.
 _PROJECTION, _HIDDEN = "projection", "hidden"
@@ -122,8 +122,7 @@ def forward_cached(
 def embed(params: Params, tokens_BT: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
     """Returns the float32 embedding of each token."""
     with jax.named_scope("embed"):
-        table = reshard(params.embedding, None, "table_embed", gathered=True)
-        x_BTD = lookup(table.astype(jnp.float32), tokens_BT)
+        x_BTD = lookup(params.embedding, tokens_BT)
         if params.embedding_bias is not None:
             x_BTD = add_bias(x_BTD, params.embedding_bias)
         return rounded(x_BTD, compute)
@@ -136,9 +135,7 @@ def unembed(
     with jax.named_scope("head"):
         head = gather(params.head, compute, "vocab", "embed")
         # Weights with one block a layer are there to decode.
-        (logits_BTV,) = dots(
-            [(_operand(x_BTD, head, compute), head, 1)], streamed=isinstance(params.blocks, tuple)
-        )
+        (logits_BTV,) = dots([(x_BTD, head, 1)], streamed=isinstance(params.blocks, tuple))
         bias = params.head_bias[None, None].astype(jnp.float32)
         return rounded(logits_BTV + bias, compute)
 
@@ -156,21 +153,14 @@ def summed_loss(
         head = gather(params.head, compute, "vocab", "embed")
         bias = params.head_bias.astype(jnp.float32)
         # The products' type again in each of them; in this one their gradients are added up.
-        head = head.astype(compute.reduce_dtype)
-        return head_loss(x_BTD.astype(compute.dtype), head, bias, targets_BT, mask_BT, z_loss)
+        head_VD = head.to_array(compute.reduce_dtype)
+        return head_loss(x_BTD.astype(compute.dtype), head_VD, bias, targets_BT, mask_BT, z_loss)
 
 
-def gather(weight: Matrix, compute: Compute, *dims: str | None) -> Any:
-    """Returns a weight as a product takes it: in the compute dtype, gathered over `data`.
-
-    One in int8 stays as it is: it is on one device.
-    """
-    if isinstance(weight, Quantised):
-        return weight
-    weight = weight.astype(compute.dtype)
-    if compute.reduce_dtype == compute.dtype:
-        return gather_reduced(weight, *dims)
-    return reshard(weight, *dims, gathered=True)
+def gather(weight: jax.Array | Matrix, compute: Compute, *dims: str | None) -> Matrix:
+    """Returns a weight as a product takes it: in the compute dtype, gathered over `data`."""
+    reduced = compute.reduce_dtype == compute.dtype
+    return as_matrix(weight).gathered(*dims, dtype=compute.dtype, reduced=reduced)
 
 
 def block_forward(
@@ -188,20 +178,15 @@ def block_forward(
     """
     decoding = cached is not None
     normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
-    if not isinstance(block.query, Quantised):
-        normed = share(normed.astype(compute.dtype), "heads")
-    *qkv_BTNH, hidden_BTF = dots(
-        [(normed, weight, 1) for weight in _read_weights(block, compute)], streamed=decoding
-    )
+    weights = _read_weights(block, compute)
+    normed = share(operand(normed, weights), "heads")
+    *qkv_BTNH, hidden_BTF = dots([(normed, weight, 1) for weight in weights], streamed=decoding)
     mixed_BTNH, cache = _attention(qkv_BTNH, compute, rotary, segment_ids_BT, cached)
     hidden_BTF = _activate(hidden_BTF, block.ff_in_bias, compute)
     attention_out = gather(block.attention_out, compute, "embed", "heads", None)
     ff_out = gather(block.ff_out, compute, "embed", "ff")
     attention, feed_forward = dots(
-        [
-            (_operand(mixed_BTNH, attention_out, compute), attention_out, 2),
-            (_operand(hidden_BTF, ff_out, compute), ff_out, 1),
-        ],
+        [(mixed_BTNH, attention_out, 2), (hidden_BTF, ff_out, 1)],
         partial=True,
         streamed=decoding,
     )
@@ -218,11 +203,6 @@ def _read_weights(block: Block, compute: Compute) -> list[Matrix]:
         for weight in (block.query, block.key, block.value)
     ]
     return [*qkv, gather(block.ff_in, compute, "ff", "embed")]
-
-
-def _operand(x: jax.Array, weight: Matrix, compute: Compute) -> jax.Array:
-    """Returns x as a product with this weight takes it; one in int8 rounds x itself."""
-    return x if isinstance(weight, Quantised) else x.astype(compute.dtype)
 
 
 def _add_rounded(

@@ -9,101 +9,66 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import axes_of, reshard, spec
-from meshlm.ops import cpu, quantised
-from meshlm.ops import streamed as streaming
+from meshlm.core.sharding import reshard
+from meshlm.ops.cpu import streamed as streaming
+from meshlm.ops.cpu import xla
+from meshlm.ops.weights import Matrix, as_matrix
 
-Matrix = Array | quantised.Quantised
+Product = tuple[Float[Array, "..."], Matrix, int]
+"""x [..., in], a weight [out..., in] and the number of dims to contract."""
+
+
+def operand(x: Float[Array, "..."], weights: Sequence[Matrix]) -> Float[Array, "..."]:
+    """Returns x as products with all these weights take it: in their dtype, if they have one."""
+    (dtype, *others) = {weight.operand_dtype for weight in weights}
+    return x if others or dtype is None else x.astype(dtype)
 
 
 def dots(
-    pairs: Sequence[tuple[Float[Array, "..."], Matrix, int]],
-    *,
-    partial: bool = False,
-    streamed: bool = False,
+    products: Sequence[Product], *, partial: bool = False, streamed: bool = False
 ) -> list[Float[Array, "..."]]:
-    """Returns `dot` of each (x, weight, dims to contract); every x has the same number of rows.
+    """Returns `Matrix.dot` of each (x, weight, dims to contract), all x of as many rows.
 
     Args:
-        partial: see `dot`.
+        products: each x is cast to the dtype in which its weight takes it.
+        partial: see `Matrix.dot`.
         streamed: take the form that reads weights fastest where it can be had; it has no gradient.
     """
-    first, _, contract = pairs[0]
+    products = [(operand(x, [weight]), weight, n) for x, weight, n in products]
+    first, _, contract = products[0]
     if streamed and streaming.is_faster(math.prod(first.shape[: first.ndim - contract])):
-        return streaming.dots(pairs)
-    return [dot(x, weight, contract=n, partial=partial) for x, weight, n in pairs]
+        return _streamed_dots(products)
+    return [weight.dot(x, contract=n, partial=partial) for x, weight, n in products]
 
 
-def dot(
-    x: Float[Array, "..."], weight: Matrix, *, contract: int = 1, partial: bool = False
-) -> Float[Array, "..."]:
-    """Returns x [..., in] times weight [out..., in], accumulated in float32 and of float32.
-
-    Both operands have the same dtype: bfloat16 operands give a float32 result. With a weight in
-    int8, x may have any.
-
-    Args:
-        x: activations; the last `contract` dims are contracted.
-        weight: the last `contract` dims are contracted.
-        contract: the number of dims to contract.
-        partial: leave the sum over the axes of `heads` to the caller, who adds several such
-            products and then reduces once (`core.sharding.reshard`).
-    """
-    inner = math.prod(x.shape[x.ndim - contract :])
-    rows, out = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
-    if isinstance(weight, quantised.Quantised):
-        return quantised.dot(x.reshape(-1, inner), weight, contract).reshape(*rows, *out)
-    if cpu.is_faster(x.dtype):
-        y = cpu.dot(x.reshape(-1, inner), weight.reshape(-1, inner))
-        return y.reshape(*rows, *out)
-    return plain_dot(x, weight, contract=contract, partial=partial)
-
-
-def plain_dot(
-    x: Float[Array, "..."], weight: Float[Array, "..."], *, contract: int = 1, partial: bool = False
-) -> Float[Array, "..."]:
-    """Returns what `dot` does, as one product, on any device and mesh: its reference."""
-    dims_x = tuple(range(x.ndim - contract, x.ndim))
-    dims_w = tuple(range(weight.ndim - contract, weight.ndim))
-    return jax.lax.dot_general(
-        x,
-        weight,
-        ((dims_x, dims_w), ((), ())),
-        preferred_element_type=jnp.float32,
-        out_sharding=_dot_sharding(x, weight, contract, partial),
-    )
-
-
-def _dot_sharding(
-    x: jax.Array, weight: jax.Array, contract: int, partial: bool
-) -> PartitionSpec | None:
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    x_spec, w_spec = (jax.typeof(a).sharding.spec.partitions for a in (x, weight))
-    parts = (*x_spec[: x.ndim - contract], *w_spec[: weight.ndim - contract])
-    # The contracted dims are split as heads and feed-forward are.
-    return PartitionSpec(*parts, unreduced=axes_of("heads") if partial else frozenset())
+def _streamed_dots(products: Sequence[Product]) -> list[jax.Array]:
+    operands, shapes = [], []
+    for x, weight, contract in products:
+        rows = x.shape[: x.ndim - contract]
+        shapes.append((*rows, *weight.shape[: weight.ndim - contract]))
+        operands.append(weight.streamed_operands(x.reshape(math.prod(rows), -1), contract))
+    results = streaming.products(operands)
+    return [y_MN.reshape(shape) for y_MN, shape in zip(results, shapes, strict=True)]
 
 
 def add_bias(x: Float[Array, "B T N"], bias: Float[Array, "N"]) -> Float[Array, "B T N"]:
     """Returns x plus the bias, in float32."""
     bias = bias.astype(jnp.float32)
-    if cpu.is_faster(jnp.bfloat16):
-        return cpu.add_bias(x.reshape(-1, x.shape[-1]), bias).reshape(x.shape)
+    if xla.is_faster(jnp.bfloat16):
+        return xla.add_bias(x.reshape(-1, x.shape[-1]), bias).reshape(x.shape)
     return x + bias[None, None]
 
 
-def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Returns the rows of `table_VD` for each token, whole along D.
+def lookup(table: Array | Matrix, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns the float32 rows of a table [V, D] for each token, whole along D.
 
     Where D is split over `model`, every device looks its own columns up, and one all-gather of
     activations joins them.
     """
-    local = spec("batch", None, "table_embed", gathered=True)
-    return reshard(table_VD.at[tokens_BT].get(out_sharding=local), "batch", None, None)
+    rows_BTD = as_matrix(table).rows(tokens_BT, None, "table_embed")
+    return reshard(rows_BTD, "batch", None, None)
 
 
 def layer_norm(

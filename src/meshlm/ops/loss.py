@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshlm.core.sharding import shards_of, share
-from meshlm.ops import cpu
-from meshlm.ops.linear import plain_dot
+from meshlm.ops.cpu import xla
+from meshlm.ops.weights import Dense
 
 CHUNK_ROWS = 512
 # Tokens of one device whose logits exist together elsewhere: products are as fast as they get.
@@ -66,7 +66,7 @@ def head_loss(
         mask_BT: 1 where a token counts.
         z_loss: weight of the z penalty.
     """
-    if cpu.is_faster(x_BTD.dtype):
+    if xla.is_faster(x_BTD.dtype):
         head_VD = head_VD.astype(x_BTD.dtype)
         rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), mask_BT.reshape(-1))
         return _chunked_loss(z_loss, rows[0], head_VD, bias_V, rows[1], rows[2])
@@ -82,7 +82,7 @@ def plain_head_loss(
     z_loss: float,
 ) -> Float[Array, ""]:
     """Returns what `head_loss` does, from all logits at once, on any device and mesh."""
-    logits_BTV = plain_dot(x_BTD, head_VD.astype(x_BTD.dtype)) + bias_V[None, None]
+    logits_BTV = Dense(head_VD.astype(x_BTD.dtype)).plain_dot(x_BTD) + bias_V[None, None]
     loss = token_loss(logits_BTV, targets_BT)
     return jnp.sum((loss.nll_BT + z_loss * loss.z_BT) * mask_BT)
 
@@ -131,7 +131,7 @@ def _chunked_loss(
 ) -> jax.Array:
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_CD, targets_C, mask_C = chunk
-        logits_CV = cpu.product(x_CD, head_VD, 1, 1) + bias_V[None]
+        logits_CV = xla.product(x_CD, head_VD, 1, 1) + bias_V[None]
         loss = token_loss(logits_CV[None], targets_C[None])
         return total + jnp.sum((loss.nll_BT + z_loss * loss.z_BT)[0] * mask_C), None
 
@@ -161,18 +161,18 @@ def _chunked_forward(
     def add(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         total, dhead_DV, dbias_V = carry
         x_CD, targets_C, mask_C = chunk
-        logits_CV = cpu.product(x_CD, head_VD, 1, 1) + bias_V[None]
+        logits_CV = xla.product(x_CD, head_VD, 1, 1) + bias_V[None]
         loss, g_CV = _loss_and_gradient(logits_CV, targets_C, mask_C, z_loss)
         g_CV = jax.lax.optimization_barrier(g_CV.astype(x_CD.dtype))
-        dx_CD = cpu.product(g_CV, head_VD, 1, 0).astype(x_CD.dtype)
-        dhead_DV += cpu.product(cpu.transpose(x_CD), g_CV, 1, 0)
-        return (total + loss, dhead_DV, dbias_V + cpu.column_sum(g_CV)), dx_CD
+        dx_CD = xla.product(g_CV, head_VD, 1, 0).astype(x_CD.dtype)
+        dhead_DV += xla.product(xla.transpose(x_CD), g_CV, 1, 0)
+        return (total + loss, dhead_DV, dbias_V + xla.column_sum(g_CV)), dx_CD
 
     zeros_DV = jnp.zeros(head_VD.shape[::-1], jnp.float32)
     start = (jnp.zeros(()), zeros_DV, jnp.zeros(bias_V.shape, jnp.float32))
     chunks = _chunks(x_MD, targets_M, mask_M)
     (total, dhead_DV, dbias_V), dx_CD = jax.lax.scan(add, start, chunks)
-    dhead_VD = cpu.transpose(dhead_DV).astype(head_VD.dtype)
+    dhead_VD = xla.transpose(dhead_DV).astype(head_VD.dtype)
     dx_MD = dx_CD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
     return total, (dx_MD, dhead_VD, dbias_V)
 

@@ -1,29 +1,13 @@
-// Products of a few rows with weights that are read once; a part of kernels.c.
+// Products of a few rows with weights that are read once.
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define WIDE 1
-#endif
+#include "kernels.h"
 
-// Without it sums live in memory instead of registers.
-#define UNROLL _Pragma("GCC unroll 4")
-#define INLINE static inline __attribute__((always_inline))
-#define ROWS 4         // rows of x in one tile
-#define OUTS 4         // rows of w in one tile
-#define CHUNK 65536    // bytes of w that a thread takes at a time
-#define AHEAD 8192     // bytes from what is used to what is fetched: four times the speed of none
-#define MAX_PRODUCTS 8
+#include <math.h>
+#include <string.h>
 
-typedef struct {
-  XLA_FFI_DataType type;  // of w: F32, BF16 or S8
-  const void* x;          // of w's type; for S8 unsigned bytes, 128 above the signed ones
-  const float* x_scale;   // S8 alone: of each row of x
-  const void* w;
-  const float* w_scale;   // S8 alone: of each row of w
-  float* y;
-  int64_t rows, outs, inner;
-  int64_t chunk_outs, chunks;
-} Product;
+#define ROWS 4       // rows of x in one tile
+#define OUTS 4       // rows of w in one tile
+#define CHUNK 65536  // bytes of w that a thread takes at a time
 
 // One tile: mr rows of x times nr rows of w, both constants at each call.
 
@@ -31,8 +15,6 @@ INLINE float bf16(uint16_t bits) {
   union { uint32_t u; float f; } both = {(uint32_t)bits << 16};
   return both.f;
 }
-
-INLINE void fetch(const void* used) { __builtin_prefetch((const char*)used + AHEAD); }
 
 INLINE void tile_f32(int mr, int nr, const float* x, const float* w, int64_t inner, float* sums) {
 #ifdef WIDE
@@ -193,15 +175,21 @@ INLINE void all_rows(int nr, const Product* p, int64_t out) {
   }
 }
 
-static void run_chunk(const Product* p, int64_t chunk) {
+void split_product(Product* p) {
+  int64_t size = p->type == XLA_FFI_DataType_S8 ? 1 : p->type == XLA_FFI_DataType_F32 ? 4 : 2;
+  p->chunk_outs = CHUNK / (p->inner * size) / OUTS * OUTS;
+  if (p->chunk_outs < OUTS) p->chunk_outs = OUTS;
+  p->chunks = (p->outs + p->chunk_outs - 1) / p->chunk_outs;
+}
+
+void multiply_chunk(const Product* p, int64_t chunk) {
   int64_t out = chunk * p->chunk_outs, end = out + p->chunk_outs;
   if (end > p->outs) end = p->outs;
   for (; out + OUTS <= end; out += OUTS) all_rows(OUTS, p, out);
   for (; out < end; out++) all_rows(1, p, out);
 }
 
-// Bytes from floats, a scale a row: the largest |x| becomes 127.
-static void quantise(const float* x, int64_t rows, int64_t inner, uint8_t* bytes, float* scale) {
+void quantise_rows(const float* x, int64_t rows, int64_t inner, uint8_t* bytes, float* scale) {
   for (int64_t m = 0; m < rows; m++, x += inner, bytes += inner) {
     uint32_t top = 0;  // as bits: a NaN is above all numbers
     for (int64_t k = 0; k < inner; k++) {

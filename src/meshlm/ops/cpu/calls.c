@@ -1,24 +1,21 @@
-// Products of a few rows with weights that are read once, y[m][n] = sum_k x[m][k] w[n][k], and the
-// attention of one new token to a cache.
+// The calls that XLA makes, and the threads that share their work.
 //
 // Decoding on a CPU is as fast as weights and cache can be read. XLA converts or repacks them on
 // every call; here they are read as they lie, weights as [out, in], all of a layer's products in one
-// call, and of a cache the places in use alone. core/kernels.py compiles this file on the user's
+// call, and of a cache the places in use alone. core/kernels.py compiles these files on the user's
 // machine, for its processor (-march=native).
 //
 // A number of the result is summed in the same order whatever the number of rows beside it.
 
-#include <math.h>
+#include "kernels.h"
+
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "xla/ffi/api/c_api.h"
-
-#include "kernels_products.h"
-#include "kernels_attention.h"
+// All else is hidden: another library's function of the same name cannot take its place.
+#define EXPORTED __attribute__((visibility("default")))
 
 // Chunks of a call, shared among XLA's threads. Whoever comes late finds nothing left: the caller
 // can do all of it alone, and waits for chunks that have begun only.
@@ -38,7 +35,7 @@ static void work(Job* job) {
     int i = 0;
     if (job->count) {
       for (; chunk >= job->products[i].chunks; i++) chunk -= job->products[i].chunks;
-      run_chunk(&job->products[i], chunk);
+      multiply_chunk(&job->products[i], chunk);
     } else {
       attend_chunk(&job->attention, chunk, job->scores + worker * job->attention.places);
     }
@@ -115,7 +112,7 @@ static int asks_for_version(XLA_FFI_CallFrame* frame) {
 
 // Arguments: x [M, K] and w [N, K] of each product, and for w of bytes its scales [N]; x then is
 // float32. Results: y [M, N] of each, float32.
-XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
+EXPORTED XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
   if (asks_for_version(frame)) return NULL;
   if (frame->rets.size > MAX_PRODUCTS) {
     const char* message = "meshlm_products: too many products";
@@ -136,7 +133,6 @@ XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
     *p = (Product){.type = w->dtype, .x = x->data, .w = w->data,
                    .y = ((XLA_FFI_Buffer*)frame->rets.rets[i])->data,
                    .rows = x->dims[0], .outs = w->dims[0], .inner = w->dims[1]};
-    int64_t size = 1;
     if (w->dtype == XLA_FFI_DataType_S8) {
       p->w_scale = ((XLA_FFI_Buffer*)frame->args.args[at++])->data;
       int same = 0;
@@ -147,18 +143,14 @@ XLA_FFI_Error* meshlm_products(XLA_FFI_CallFrame* frame) {
           error = no_memory(frame, job);
           goto end;
         }
-        quantise(x->data, p->rows, p->inner, (uint8_t*)(scale + p->rows), scale);
+        quantise_rows(x->data, p->rows, p->inner, (uint8_t*)(scale + p->rows), scale);
         quantised[made] = x->data;
         rounded[made++] = scale;
       }
       p->x = rounded[same] + p->rows;
       p->x_scale = rounded[same];
-    } else {
-      size = w->dtype == XLA_FFI_DataType_F32 ? 4 : 2;
     }
-    p->chunk_outs = CHUNK / (p->inner * size) / OUTS * OUTS;
-    if (p->chunk_outs < OUTS) p->chunk_outs = OUTS;
-    p->chunks = (p->outs + p->chunk_outs - 1) / p->chunk_outs;
+    split_product(p);
     job->chunks += p->chunks;
   }
   error = run(frame, job);
@@ -169,7 +161,7 @@ end:
 
 // Arguments: q [B, N, H] float32, keys and values [B, N, S, H], the places in use [B] int32.
 // Result: [B, N, H] float32.
-XLA_FFI_Error* meshlm_attention(XLA_FFI_CallFrame* frame) {
+EXPORTED XLA_FFI_Error* meshlm_attention(XLA_FFI_CallFrame* frame) {
   if (asks_for_version(frame)) return NULL;
   XLA_FFI_Buffer** in = (XLA_FFI_Buffer**)frame->args.args;
   Job* job = calloc(1, sizeof *job);

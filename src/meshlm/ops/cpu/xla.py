@@ -1,8 +1,8 @@
-"""Products on a CPU, in the forms for which XLA has fast kernels there. One device only.
+"""Products on one CPU, in the forms for which XLA has fast kernels there.
 
 In bfloat16 the weight gradient of a plain product falls back to a third of the speed, because both
 operands are read across their rows. Here one of them, the smaller, is transposed first, in tiles.
-The plain reference beside each is in `linear.py` and `loss.py`.
+The plain references are `Dense.plain_dot` (ops/weights.py), a plain sum and `loss.plain_head_loss`.
 
 Dim letters: M rows, K contracted, N out.
 """

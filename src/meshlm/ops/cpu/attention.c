@@ -1,16 +1,8 @@
-// The attention of one new token to a cache; a part of kernels.c.
+// The attention of one new token to a cache.
 
-// One query against a cache of one head: softmax(q k / sqrt(H)) v over the first `length` places.
-// H is a multiple of 16.
+#include "kernels.h"
 
-typedef struct {
-  XLA_FFI_DataType type;  // of keys and values: F32 or BF16
-  const float* q;
-  const void *keys, *values;
-  const int32_t* lengths;
-  float* y;
-  int64_t heads, places, width;
-} Attention;
+#include <math.h>
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef float LooseLanes __attribute__((vector_size(64), aligned(4)));
@@ -88,8 +80,7 @@ INLINE void attend(const Attention* a, XLA_FFI_DataType type, int64_t pair, floa
   for (; h < width; h += 16) mix(1, type, scores, length, a->values, start + h, width, y + h);
 }
 
-// scores: room for one float a place.
-static void attend_chunk(const Attention* a, int64_t pair, float* scores) {
+void attend_chunk(const Attention* a, int64_t pair, float* scores) {
   if (a->type == XLA_FFI_DataType_F32)
     attend(a, XLA_FFI_DataType_F32, pair, scores);
   else
