@@ -252,7 +252,7 @@ DAMAGE = {
     ),
     "no model": (lambda a: a, b"{}", None, "tells of no model"),
     "no JSON": (lambda a: a, b"\xff", None, "is not JSON"),
-    "a list": (lambda a: a, b"[]", None, "is no JSON object"),
+    "a list": (lambda a: a, b"[]", None, "is a list, not a JSON object"),
     "unknown key": (
         lambda a: a,
         to_json({"model": {**to_dict(CONFIG), "window": 3}}),

@@ -16,8 +16,9 @@ from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from apps import CONTEXT, tokenizer
+from meshlm.core.strict_json import MAX_DEPTH
 from meshlm.data.special_tokens import SpecialTokens
-from meshlm.serving.api.bodies import MAX_DEPTH, parse_object
+from meshlm.serving.api.bodies import parse_object
 from meshlm.serving.api.chat import text_of
 from meshlm.serving.api.prompts import Vocabulary, read_prompts
 from meshlm.serving.api.protocol import (

@@ -120,13 +120,13 @@ BAD = {
     "not a JSON object": make_file(b"[]"),
     "not a JSON object ": make_file(b' {"a":1}'),
     "Expecting": make_file(b'{"a":'),
-    "occurs twice": make_file(b'{"a":1,"a":1}'),
-    "occurs twice ": make_file(
+    "has the key 'a' twice": make_file(b'{"a":1,"a":1}'),
+    "has the key 'dtype' twice": make_file(
         b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', F4
     ),
     "NaN": make_file(b'{"a":NaN}'),
-    "utf-8": make_file(b'{"\xff":1}'),
-    "recursion": make_file(b'{"a":' + b"[" * 100_000),
+    "not UTF-8 at byte": make_file(b'{"\xff":1}'),
+    "nested more than 32 deep": make_file(b'{"a":' + b"[" * 100_000),
     "not just dtype": make_file({"a": 1}),
     "not just dtype ": make_file({"a": entry([1], 0, 4) | {"more": 1}}, F4),
     "not text by name": make_file({"__metadata__": {"a": 1}}),

@@ -146,7 +146,7 @@ def test_refusals_are_one_line_with_the_file(tmp_path):
 
 def test_why_a_file_cannot_be_read_is_said(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff{}")
-    with pytest.raises(BadInputError, match=r"tokenizer\.json: not UTF-8 text"):
+    with pytest.raises(BadInputError, match=r"tokenizer\.json is not JSON \(not UTF-8 at byte 0\)"):
         find_tokenizer(tmp_path)
     (tmp_path / "special_tokens.json").write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(BadInputError, match=r"special_tokens\.json: over 1 MiB"):

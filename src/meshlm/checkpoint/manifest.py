@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading
+from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.files import is_litter, open_plain, read, sync_folder
 
@@ -28,6 +29,7 @@ _READ_BY_NAME = re.compile(
 )
 _RECORDED_LIBRARIES = ("meshlm", "jax", "jaxlib", "numpy", "orbax-checkpoint")
 _HASH_THREADS = 4
+_MAX_SMALL_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def read_manifest(step_folder: Path) -> Manifest:
     of a newer format version.
     """
     try:
-        data = read(step_folder / MANIFEST_NAME)
+        data = read(step_folder / MANIFEST_NAME, strict_json.MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"no checkpoint at {step_folder}: it has no {MANIFEST_NAME}; give a step_N folder"
@@ -155,11 +157,13 @@ def verify(step_folder: Path) -> list[Damage]:
     if not step_folder.is_dir():
         raise UsageError(f"no checkpoint at {step_folder}; give a step_N folder")
     try:
-        data = read(step_folder / MANIFEST_NAME)
+        data = read(step_folder / MANIFEST_NAME, strict_json.MAX_BYTES)
     except FileNotFoundError:
         return [Damage(file=MANIFEST_NAME, kind="missing")]
     except (UsageError, IsADirectoryError):
         return [Damage(file=MANIFEST_NAME, kind="changed", detail="it is no file")]
+    except BadInputError:
+        return [Damage(file=MANIFEST_NAME, kind="changed", detail="it is too large")]
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -204,12 +208,14 @@ def read_files(step_folder: Path) -> dict[str, bytes]:
     for name, info in manifest.files.items():
         if "/" in name:
             continue
+        kind = "changed"
         try:
-            data = read(step_folder / name)
+            data = read(step_folder / name, min(info.num_bytes, _MAX_SMALL_FILE_BYTES))
         except FileNotFoundError:
+            data, kind = None, "missing"
+        except BadInputError:
             data = None
         if data is None or hashlib.sha256(data).hexdigest() != info.sha256:
-            kind = "missing" if data is None else "changed"
             raise BadInputError(
                 f"checkpoint {step_folder}: {name} is {kind}; use another checkpoint"
             )
@@ -292,9 +298,9 @@ def _seal(content: Mapping[str, Any]) -> bytes:
 def _unseal(data: bytes) -> dict[str, Any] | None:
     """The content of a manifest, or None unless every byte is as it was written."""
     try:
-        content = json.loads(data)
+        content = strict_json.parse_object(data, MANIFEST_NAME)
         claimed = content.pop("sha256")
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (strict_json.JsonError, KeyError):
         return None
     # Comparing the bytes again refuses what JSON would forgive: spaces, repeated keys, escapes.
     if not isinstance(claimed, str) or _seal(content) != data:

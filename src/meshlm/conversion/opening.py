@@ -1,7 +1,6 @@
 """Weights at a path, whatever their format."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from meshlm.conversion.hf.source import is_hf, open_hf
@@ -12,7 +11,8 @@ from meshlm.conversion.native.source import CONFIG_FILE, is_native, open_native,
 from meshlm.conversion.proof.record import require_proof
 from meshlm.conversion.source import Kind, Source
 from meshlm.conversion.unusable import refuse_unusable, unknown
-from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core import files, strict_json
+from meshlm.core.errors import UsageError
 from meshlm.core.lfs import refuse_pointer
 from meshlm.core.waiting import Waiting
 from meshlm.data.special_tokens import SpecialTokens, fits
@@ -106,8 +106,7 @@ def read_model_config(config: str | Path) -> ModelConfig:
         raise UsageError(
             f"--config {config}: there is no such file, and no such preset ({', '.join(PRESETS)})"
         )
-    with open(path, "rb") as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
+    data = files.read(path, MAX_CONFIG_BYTES)
     return (
         parse_old_config(data, str(path)).model
         if looks_like_old_config(data)
@@ -116,14 +115,7 @@ def read_model_config(config: str | Path) -> ModelConfig:
 
 
 def _read_own(data: bytes, path: Path) -> ModelConfig:
-    if len(data) > MAX_CONFIG_BYTES:
-        raise BadInputError(f"{path} is over {MAX_CONFIG_BYTES:,} bytes: it is no config")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise BadInputError(f"{path} is not an object in JSON: give the original's config")
+    content = strict_json.parse_object(data, str(path), remedy="give the original's config")
     if not {"run", "model"} & content.keys():
         # Neither: what the original's parser says of it names the missing key.
         return parse_old_config(data, str(path)).model

@@ -7,13 +7,13 @@ A sign is a function that recognises one such case by the names of files. `refus
 import dataclasses
 import fnmatch
 import itertools
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from meshlm.conversion.hf.files import SHARD, find_weights
+from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.core.lfs import is_pointer
 
@@ -287,9 +287,6 @@ def _listed(paths: Sequence[Path]) -> str:
 def _json_of(path: Path) -> dict[str, Any]:
     """Returns the object in a small file; empty where there is none."""
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
-            return {}
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return strict_json.read_object(path, max_bytes=_MAX_JSON_BYTES)
+    except (OSError, BadInputError, UsageError):
         return {}
-    return content if isinstance(content, dict) else {}

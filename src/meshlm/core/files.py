@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import BadInputError, UsageError
 
 _PARTIAL = ".partial"
 _BLOCK_BYTES = 1 << 20
@@ -94,15 +94,27 @@ def update(path: Path, *, make: bool = False) -> BinaryIO:
     return os.fdopen(_open(path, os.O_RDWR | (os.O_CREAT if make else 0)), "r+b")
 
 
-def read(path: Path) -> bytes:
+def read(path: Path, max_bytes: int | None = None) -> bytes:
     """Returns the content of a file; its name may be a link.
+
+    Args:
+        max_bytes: no more is read: a file may claim any size and take none on the disk.
 
     Raises:
         FileNotFoundError: it is not there.
         UsageError: it is a named pipe, which would be waited for, or another thing without an end.
+        BadInputError: it has more than `max_bytes`.
     """
     with open_plain(path) as file:
-        return file.read()
+        if max_bytes is None:
+            return file.read()
+        data = bytearray()
+        while block := file.read(_BLOCK_BYTES):
+            data += block
+            if len(data) > max_bytes:
+                most = f"{max_bytes >> 20} MiB" if max_bytes >> 20 else f"{max_bytes:,} bytes"
+                raise BadInputError(f"{path}: over {most}, too large for this file")
+        return bytes(data)
 
 
 def open_plain(path: Path) -> io.BufferedReader:

@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import msgspec
-
+from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.names import printable
 
@@ -83,17 +83,14 @@ def plan_folder(folder: str, names: Sequence[str]) -> FolderPlan:
 def _plan_dataset(folder: str, names: Sequence[str], plan: FolderPlan) -> None:
     path = os.path.join(folder, _STATE)
     if not os.path.isfile(path):
-        return  # a named pipe would be waited for
+        return
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_STATE_BYTES)
+        state = strict_json.read_object(Path(path), max_bytes=_MAX_STATE_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: cannot read it ({error.strerror})") from None
-    try:
-        state = msgspec.json.decode(data)
-    except (ValueError, RecursionError):
+    except BadInputError:
         return  # another program's
-    if not isinstance(state, dict) or "_data_files" not in state:
+    if "_data_files" not in state:
         return
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise BadInputError(

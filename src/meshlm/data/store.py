@@ -23,15 +23,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.inputs import LeftOut
 from meshlm.data.number_file import NumberFile
 from meshlm.data.tokenizer import END_OF_TEXT, Tokenizer, from_json
-from meshlm.data.tokenizer_json import SpecialTokenMode
+from meshlm.data.tokenizer_json import MAX_FILE_BYTES, SpecialTokenMode
 
 FORMAT = "meshlm-token-store"
 VERSION = 1
+MAX_MANIFEST_BYTES = 1 << 30
+"""Some 300 bytes for each file that the store was made of."""
 SPLITS: tuple[str, ...] = ("train", "val")
 MANIFEST, TOKENIZER, UNFINISHED = "manifest.json", "tokenizer.json", "unfinished"
 DOCUMENT_DTYPE = np.dtype("<u8")
@@ -175,7 +177,7 @@ class TokenStore:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise _damaged(path / name, f"{found}, the manifest says {entry.num_bytes}")
         try:
-            data = files.read(path / TOKENIZER)
+            data = files.read(path / TOKENIZER, MAX_FILE_BYTES)
             tokenizer = from_json(data, manifest.tokenizer.end_of_text)
         except BadInputError as error:
             raise BadInputError(f"{path / TOKENIZER}: {error}") from None
@@ -222,7 +224,7 @@ class TokenStore:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`. Raises as `TokenStore.open`."""
     try:
-        data = files.read(path / MANIFEST)
+        data = files.read(path / MANIFEST, MAX_MANIFEST_BYTES)
     except OSError:
         if (path / UNFINISHED).is_dir():
             raise BadInputError(
@@ -237,8 +239,13 @@ def read_manifest(path: Path) -> Manifest:
 def parse_manifest(data: bytes, name: Path) -> Manifest:
     """The manifest in `data`. Raises BadInputError as `TokenStore.open`."""
     try:
-        head = msgspec.json.decode(data)
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
+        head = strict_json.parse_object(
+            data,
+            str(name),
+            max_bytes=MAX_MANIFEST_BYTES,
+            remedy="prepare the store again with --force",
+        )
+        if head.get("format") != FORMAT:
             raise BadInputError(f"{name}: not the manifest of a token store")
         if not isinstance(head.get("version"), int) or head["version"] > VERSION:
             raise BadInputError(
@@ -247,7 +254,7 @@ def parse_manifest(data: bytes, name: Path) -> Manifest:
             )
         manifest = msgspec.convert(head, Manifest)
         _check(manifest)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, BadInputError):
             raise
         raise _damaged(name, str(error)) from None

@@ -8,23 +8,27 @@ tokenization_utils_tokenizers.py and models/gpt2/tokenization_gpt2.py.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.lfs import refuse_pointer
 from meshlm.data.special_tokens import NAMES, SpecialTokens
 from meshlm.data.tokenizer import END_OF_TEXT, Tokenizer, from_json, load_gpt2
-from meshlm.data.tokenizer_json import AddedToken, SpecialTokenMode, make_bpe, unusable
+from meshlm.data.tokenizer_json import (
+    MAX_FILE_BYTES,
+    AddedToken,
+    SpecialTokenMode,
+    make_bpe,
+    unusable,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 VOCABULARY_FILE, MERGES_FILE, ADDED_FILE = "vocab.json", "merges.txt", "added_tokens.json"
-MAX_FILE_BYTES = 256 << 20
 _GPT2_CLASSES = ("", "GPT2Tokenizer", "CodeGenTokenizer")
 # So do these, each in another way. Any other class takes tokenizer.json as it is.
 _OTHER_CLASSES = (
@@ -323,14 +327,9 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    try:
-        loaded = json.loads(text)
-    except (ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise BadInputError(f"{path}: not a JSON object")
-    return loaded
+    return strict_json.parse_object(
+        _read_bytes(path), str(path), max_bytes=MAX_FILE_BYTES, remedy="get the file again"
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -343,9 +342,7 @@ def _read_text(path: Path) -> str:
 def _read_bytes(path: Path) -> bytes:
     try:
         refuse_pointer(path)
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BadInputError(f"{path}: over {MAX_FILE_BYTES >> 20} MiB, too large for this file")
-        return files.read(path)
+        return files.read(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         raise UsageError(
             f"{path}: there is no such file; give gpt2, a {TOKENIZER_FILE}, or a folder that holds "

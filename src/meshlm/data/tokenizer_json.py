@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError
 from meshlm.data.bpe import CHARACTER_TO_BYTE, Merge
 
 SpecialTokenMode = Literal["parse", "text"]
 """What the spelling of an added token in a text becomes: the token, or the characters' tokens."""
 
+MAX_FILE_BYTES = 256 << 20
 MAX_ADDED_CHARACTERS = 1024
 _BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
 PLAIN_PRE_TOKENIZER: Mapping[str, Any] = _BYTE_LEVEL | {"add_prefix_space": False}
@@ -116,9 +118,9 @@ def parse_tokenizer_json(data: bytes) -> ByteLevelBPE:
             to it.
     """
     try:
-        loaded = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise unusable("it is not JSON") from error
+        loaded = strict_json.parse_object(data, "it", max_bytes=MAX_FILE_BYTES)
+    except strict_json.JsonError as error:
+        raise unusable(str(error)) from None
     return make_bpe(loaded)
 
 

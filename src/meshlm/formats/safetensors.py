@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.formats.content import Content, FileContent, MemoryContent
 from meshlm.formats.tensor import TensorInfo
@@ -215,22 +215,10 @@ def _parse_header(content: Content, where: str) -> tuple[dict[str, Any], int]:
     text = content.read(_LENGTH_BYTES, end).tobytes()
     if not text.startswith(b"{"):
         raise _bad(where, "its header is not a JSON object")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) < len(items):
-            raise ValueError("a key occurs twice")
-        return result
-
-    def constant(text: str) -> None:
-        raise ValueError(f"it has {text}")
-
     try:
-        header = json.loads(text.decode(), object_pairs_hook=pairs, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        why = str(error).splitlines()[0]
-        raise _bad(where, f"its header is not the JSON that it should be ({why})") from None
-    return header, end
+        return strict_json.parse_object(text, where), end
+    except strict_json.JsonError as error:
+        raise _bad(where, f"its header {error.why}") from None
 
 
 def _check_metadata(metadata: Any, where: str) -> dict[str, str]:

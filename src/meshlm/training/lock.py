@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.errors import BusyError
 
 LOCK_NAME = ".lock"
@@ -65,7 +65,7 @@ class RunLock:
 def _holder(file: BinaryIO) -> str:
     file.seek(0)
     try:
-        content = json.loads(file.read(1000))
+        content = strict_json.parse_object(file.read(1000), LOCK_NAME)
         return f"process {int(content['pid'])} on {content['host']}"
     except (ValueError, KeyError, TypeError):
         return "another process"

@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import (
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.errors import MeshLMError
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,10 +102,9 @@ def read_metrics(run_folder: str | Path) -> list[dict[str, Any]]:
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     """The object on this line, or None where it is torn, blank or no object."""
     try:
-        values = json.loads(line, parse_constant=lambda _name: None)
-    except (ValueError, RecursionError):  # ValueError covers bad JSON and bad UTF-8
+        return strict_json.parse_object(line, METRICS_FILE, not_finite=lambda _: None)
+    except strict_json.JsonError:
         return None
-    return values if isinstance(values, dict) else None
 
 
 def why_skipped(line: Mapping[str, Any]) -> str:

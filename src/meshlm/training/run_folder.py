@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from meshlm.checkpoint.manifest import library_versions
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.config import to_dict, to_json
-from meshlm.core.errors import BadInputError
 from meshlm.core.platform import device_facts
 from meshlm.core.processes import is_first
 from meshlm.training.config import RunConfig, TrainConfig, read_run_config
@@ -84,7 +83,7 @@ def read_config(run: Path) -> RunConfig | None:
     """
     path = run / CONFIG_FILE
     try:
-        data = files.read(path)
+        data = files.read(path, strict_json.MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return parse_config(data, str(path))
@@ -96,13 +95,8 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     Raises:
         BadInputError: they are no run's.
     """
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(
-            f"{where} is not JSON ({error}): each checkpoint has a copy of it"
-        ) from None
-    return read_run_config(content, where)
+    remedy = "each checkpoint has a copy of it"
+    return read_run_config(strict_json.parse_object(data, where, remedy=remedy), where)
 
 
 def write_samples(run: Path, step: int, samples: Sequence[tuple[str, str]]) -> None:

@@ -1,7 +1,6 @@
 """What a run needs of a checkpoint to go on: its small files, and arrays that are finite."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from meshlm.checkpoint import LayerReader, Restored
 from meshlm.conversion.finite import Place, check_finite
+from meshlm.core import strict_json
 from meshlm.core.config import from_dict, to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.training.config import RunConfig
@@ -43,8 +43,9 @@ def saved_noise(files: Mapping[str, bytes], where: str) -> NoiseScale:
     """
     if POSITION_FILE not in files:
         raise BadInputError(f"{where} has no {POSITION_FILE}: it is no checkpoint of a run")
-    content = json.loads(files[POSITION_FILE])
-    return from_dict(Position, content, f"{where}/{POSITION_FILE}").noise_scale
+    name = f"{where}/{POSITION_FILE}"
+    content = strict_json.parse_object(files[POSITION_FILE], name, remedy="use another checkpoint")
+    return from_dict(Position, content, name).noise_scale
 
 
 def refuse_not_finite(restored: Restored) -> None:

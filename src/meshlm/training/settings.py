@@ -5,11 +5,11 @@ A JSON object: `model` is a shape in full, every other key an option of `TrainCo
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from meshlm.core import files, strict_json
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import ModelConfig
@@ -27,13 +27,11 @@ def read_settings(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
         BadInputError: it is no JSON object, or has a key that is no option.
     """
     try:
-        content = json.loads(path.read_bytes())
+        data = files.read(path, strict_json.MAX_BYTES)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"--config {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise BadInputError(f"--config {path} is not a JSON object of options")
+    remedy = "give an object of options, as meshlm convert-config writes it"
+    content = strict_json.parse_object(data, f"--config {path}", remedy=remedy)
     model = content.pop("model", None)
     known = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in _NOT_IN_A_FILE]
     for key in content:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.config import ModelConfig
@@ -134,26 +135,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise BadInputError(f"{path}: over {MAX_JSON_BYTES >> 20} MiB, too large for this file")
-        text = path.read_bytes().decode()
+        # transformers writes NaN and Infinity: a setting that has one is named, or is of no effect.
+        return strict_json.read_object(
+            path, max_bytes=MAX_JSON_BYTES, remedy="get the file again", not_finite=float
+        )
     except OSError as error:
         raise BadInputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise BadInputError(f"{path}: not UTF-8 text") from None
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(result := dict(items)) < len(items):
-            raise ValueError("a key occurs twice")
-        return result
-
-    try:
-        loaded = json.loads(text, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: not usable JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(loaded, dict):
-        raise BadInputError(f"{path}: not a JSON object")
-    return loaded
 
 
 def read_config(path: Path) -> HfConfig:

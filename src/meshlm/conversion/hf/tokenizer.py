@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshlm.conversion.hf.config import HfConfig
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, load_gpt2
 from meshlm.data.tokenizer_folder import (
@@ -55,7 +55,8 @@ def write_tokenizer(
     """Writes the files from which transformers makes the same tokenizer; returns notes on them."""
     plain = tokenizer.without_extra_tokens()
     is_gpt2 = plain.is_gpt2
-    whole = json.loads((plain if is_gpt2 else tokenizer).to_json())
+    data = (plain if is_gpt2 else tokenizer).to_json()
+    whole = strict_json.parse_object(data, TOKENIZER_FILE, max_bytes=len(data))
     vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
     notes = []
     if is_gpt2 and model.vocab_size > GPT2_VOCAB_SIZE:

@@ -4,12 +4,12 @@ Source: mesh-transformer-jax, configs/*.json, device_train.py, layers.py (getnor
 """
 
 import difflib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshlm.core import files, strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import ModelConfig
 
@@ -73,8 +73,7 @@ def read_old_config(path: Path) -> OldConfig:
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file; give the original's JSON config")
-    with open(path, "rb") as file:
-        return parse_old_config(file.read(MAX_CONFIG_BYTES + 1), str(path))
+    return parse_old_config(files.read(path, MAX_CONFIG_BYTES), str(path))
 
 
 def parse_old_config(data: bytes, where: str) -> OldConfig:
@@ -83,9 +82,9 @@ def parse_old_config(data: bytes, where: str) -> OldConfig:
     Raises:
         BadInputError: as `read_old_config`.
     """
-    settings = _load(data, where)
-    if settings is None:
-        raise BadInputError(f"{where} is not an object in JSON: give the original's config")
+    settings = strict_json.parse_object(
+        data, where, max_bytes=MAX_CONFIG_BYTES, remedy="give the original's config"
+    )
     for key in settings:
         if key not in _KNOWN:
             near = difflib.get_close_matches(key, _KNOWN, 1, 0.5)
@@ -108,8 +107,11 @@ def parse_old_config(data: bytes, where: str) -> OldConfig:
 
 def looks_like_old_config(data: bytes) -> bool:
     """Tells whether a file is meant to be a config of the original's."""
-    settings = _load(data, "")
-    return settings is not None and all(key in settings for key in _SHAPE)
+    try:
+        settings = strict_json.parse_object(data, "", max_bytes=MAX_CONFIG_BYTES)
+    except strict_json.JsonError:
+        return False
+    return all(key in settings for key in _SHAPE)
 
 
 def config_of_model(model: ModelConfig, shards: int) -> dict[str, Any]:
@@ -125,26 +127,6 @@ def config_of_model(model: ModelConfig, shards: int) -> dict[str, Any]:
         "seq": model.context_length,
         "cores_per_replica": shards,
     }
-
-
-def _load(data: bytes, where: str) -> dict[str, Any] | None:
-    """Returns the object in a file, or None where there is none."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in items}) < len(items):
-            twice = next(key for key, _ in items if [k for k, _ in items].count(key) > 1)
-            raise BadInputError(f"{where} has the key {twice!r} twice: remove one")
-        return dict(items)
-
-    if len(data) > MAX_CONFIG_BYTES:
-        return None
-    try:
-        settings = json.loads(data, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, BadInputError) and where:
-            raise
-        return None
-    return settings if isinstance(settings, dict) else None
 
 
 def _check_count(key: str, value: Any, where: str) -> None:

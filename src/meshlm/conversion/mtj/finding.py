@@ -1,6 +1,5 @@
 """Where a checkpoint of the original's lies at a path, and which config goes with it."""
 
-import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from meshlm.conversion.mtj.config import (
     looks_like_old_config,
     parse_old_config,
 )
-from meshlm.core.errors import BadInputError
+from meshlm.core import files, strict_json
+from meshlm.core.errors import BadInputError, UsageError
 
 META_NAME = "meta.json"
 ARCHIVE_SUFFIXES = (".tar.zst", ".tar.zstd")
@@ -131,18 +131,15 @@ def choose_config(files: Sequence[ConfigFile], where: str) -> OldConfig:
 
 def _listed_steps(meta: bytes) -> list[int]:
     try:
-        content = json.loads(meta)
-    except (ValueError, RecursionError):
+        steps = strict_json.parse_object(meta, META_NAME).get("checkpoints")
+    except strict_json.JsonError:
         return []
-    steps = content.get("checkpoints") if isinstance(content, dict) else None
     return [s for s in steps if type(s) is int] if isinstance(steps, list) else []
 
 
 def _read_small(path: Path) -> bytes:
     """Returns a file's bytes, or none of one that is too large to be what is looked for."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-            return b""
-        return path.read_bytes()
-    except OSError:
+        return files.read(path, MAX_CONFIG_BYTES)
+    except (OSError, BadInputError, UsageError):
         return b""

@@ -5,16 +5,16 @@ tokens of their own, MeshLM writes two files beside `meta.json`, which the origi
 over.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from meshlm.core import files
+from meshlm.core import files, strict_json
 from meshlm.core.config import from_dict, to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, from_json, load_gpt2
-from meshlm.data.tokenizer_folder import MAX_FILE_BYTES, TOKENIZER_FILE
+from meshlm.data.tokenizer_folder import TOKENIZER_FILE
+from meshlm.data.tokenizer_json import MAX_FILE_BYTES
 from meshlm.model.config import GPT2_VOCAB_SIZE, ModelConfig
 
 SPECIAL_TOKENS_FILE = "special_tokens.json"
@@ -60,11 +60,7 @@ def read_kept_tokens(folder: Path) -> KeptTokens | None:
     path = folder / SPECIAL_TOKENS_FILE
     if not path.is_file():
         return None
-    data = _read(path, _MAX_BYTES)
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        raise BadInputError(f"{path}: not JSON; convert again") from None
+    content = strict_json.parse_object(_read(path, _MAX_BYTES), str(path), remedy="convert again")
     special_tokens = from_dict(SpecialTokens, content, str(path))
     path = folder / TOKENIZER_FILE
     if not path.is_file():
@@ -78,8 +74,6 @@ def read_kept_tokens(folder: Path) -> KeptTokens | None:
 
 def _read(path: Path, most: int) -> bytes:
     try:
-        if path.stat().st_size > most:
-            raise BadInputError(f"{path}: over {most >> 20} MiB, too large for this file")
-        return files.read(path)
+        return files.read(path, most)
     except OSError as error:
         raise BadInputError(f"{path}: cannot be read ({error.strerror})") from None

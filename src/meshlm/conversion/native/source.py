@@ -1,6 +1,5 @@
 """MeshLM's own checkpoints as a source of weights: of a run, or converted from another format."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from meshlm.conversion.mtj.layout import SCHEDULE_COUNT
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
 from meshlm.conversion.source import Group, Part, PartKey, Source
 from meshlm.conversion.table import native_shapes, part_keys, stacked_name
+from meshlm.core import strict_json
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.tree import to_named
@@ -141,13 +141,8 @@ def read_config(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     """
     if CONFIG_FILE not in files:
         raise BadInputError(f"checkpoint {where} has no {CONFIG_FILE}: it is no model's")
-    try:
-        content = json.loads(files[CONFIG_FILE])
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{where}/{CONFIG_FILE} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise BadInputError(f"{where}/{CONFIG_FILE} is no JSON object")
-    return content
+    remedy = "use another checkpoint"
+    return strict_json.parse_object(files[CONFIG_FILE], f"{where}/{CONFIG_FILE}", remedy=remedy)
 
 
 class NativeSource(Source):

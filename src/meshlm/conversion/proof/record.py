@@ -11,7 +11,6 @@ Source: huggingface_hub 1.7, file_download.py and _local_folder.py.
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 from meshlm.conversion.proof.certificate import CERTIFICATE_FILE, RawTensor, hash_file, raw_tensors
 from meshlm.conversion.source import Source
+from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
 
 # A full checkpoint of the original's, of 8 shards and 28 layers, has 8 MB of them.
@@ -140,12 +140,8 @@ def require_proof(source: Source) -> None:
 
 
 def _read_record(path: Path, kind: str) -> Record:
-    with path.open("rb") as file:
-        data = file.read(MAX_CERTIFICATE_BYTES + 1)
     try:
-        if len(data) > MAX_CERTIFICATE_BYTES:
-            raise ValueError("too large")
-        content = json.loads(data)
+        content = strict_json.read_object(path, max_bytes=MAX_CERTIFICATE_BYTES)
         side: dict[str, Any] = content["destination"]
         if content["certificate"] != 1 or side["format"] != kind:
             raise ValueError(f"of another format than {kind}")
@@ -158,7 +154,7 @@ def _read_record(path: Path, kind: str) -> Record:
             for name, tensor in side["tensors"].items()
         }
         files = {_plain(name): str(digest) for name, digest in side.get("sha256", {}).items()}
-    except (*_MALFORMED, RecursionError) as error:
+    except _MALFORMED as error:
         raise BadInputError(
             f"{path} is not a certificate of the weights beside it ({str(error)[:100]}): get it "
             "again, or delete it to use the weights unchecked"

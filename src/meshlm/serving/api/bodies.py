@@ -1,20 +1,16 @@
 """A request's body to a JSON object, within bounds: what is no plain JSON is refused cheaply."""
 
-import codecs
-import functools
-import json
-import math
 import re
 from collections.abc import AsyncIterator
 from email.message import Message
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from meshlm.core import strict_json
 from meshlm.serving.config import Limits
 from meshlm.serving.errors import ApiError, bad_field
 
-MAX_DEPTH = 32
 # Lists and objects; prompts come on top.
 MAX_CONTAINERS = 4096
 # Commas outside of texts; the prompts' token ids come on top.
@@ -22,7 +18,6 @@ MAX_VALUES = 16384
 # Fields of one object.
 MAX_KEYS = 8192
 
-_BRACKET = re.compile(rb"[\[\]{}]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -48,28 +43,16 @@ async def read_object(request: Request, limits: Limits, context_length: int) -> 
 def parse_object(body: bytes, limits: Limits, context_length: int) -> dict[str, Any]:
     """Returns the JSON object in `body`; raises ValueError, with why, where there is none."""
     more_values = limits.max_prompts * context_length
-    # A byte-order mark before the object says UTF-8, and is no part of it.
-    body = body.removeprefix(codecs.BOM_UTF8)
     _check_bounds(body, MAX_CONTAINERS + limits.max_prompts, MAX_VALUES + more_values)
-    max_keys = max(MAX_KEYS, limits.max_logit_bias)
     try:
-        value = json.loads(
-            body.decode(),
-            object_pairs_hook=functools.partial(_unique, max_keys),
-            parse_float=_finite,
-            parse_constant=_not_a_number,
+        value = strict_json.parse_object(
+            body,
+            "the request body",
+            max_bytes=limits.max_body_bytes,
+            max_keys=max(MAX_KEYS, limits.max_logit_bias),
         )
-    except UnicodeDecodeError as error:
-        raise _RefusalError(f"is not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise _RefusalError(f"is not JSON ({error.msg} at {place})") from None
-    except _RefusalError:
-        raise
-    except (ValueError, RecursionError):
-        raise _RefusalError("holds a number of thousands of digits") from None
-    if not isinstance(value, dict):
-        raise _RefusalError(f"is {_kind(value)}")
+    except strict_json.JsonError as error:
+        raise _RefusalError(error.why) from None
     if _SURROGATE.search(body):
         _check_text(value)
     return value
@@ -117,35 +100,6 @@ def _check_bounds(body: bytes, max_containers: int, max_values: int) -> None:
         raise _RefusalError(f"holds more than {max_containers} lists and objects")
     if bare.count(b",") > max_values:
         raise _RefusalError(f"holds more than {max_values} values")
-    depth = 0
-    for bracket in _BRACKET.finditer(bare):
-        depth += 1 if bracket.group() in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise _RefusalError(f"is nested more than {MAX_DEPTH} deep")
-
-
-def _unique(most: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > most:
-        raise _RefusalError(f"holds an object of more than {most} fields")
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys: set[str] = set()
-        for key, _ in pairs:
-            if key in keys:
-                raise _RefusalError(f"names {key[:80]!r} twice")
-            keys.add(key)
-    return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise _RefusalError(f"holds {text[:40]}, which is beyond a float")
-    return value
-
-
-def _not_a_number(text: str) -> NoReturn:
-    raise _RefusalError(f"holds {text}, which JSON has not")
 
 
 def _check_text(value: Any) -> None:
@@ -163,11 +117,3 @@ def _check_text(value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_text(item)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    return {str: "a text", list: "a list"}.get(type(value), "a number")

@@ -1,14 +1,13 @@
 """A run's folder read into one typed record, with whatever is missing or damaged left out."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meshlm.core import files
-from meshlm.core.errors import UsageError
+from meshlm.core import files, strict_json
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.training.metrics import read_metrics, why_skipped
 from meshlm.training.report.chart import Point
 
@@ -100,7 +99,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def read_record(folder: Path) -> Record:
     """The record of the run in `folder`."""
     lines = [line for line in read_metrics(folder) if _is_step(line.get("step"))]
-    config = _as_mapping(_read_json(folder / "config.json"))
+    config = _read_json(folder / "config.json")
     incidents = [*_skipped_steps(lines), *_read_incidents(folder / INCIDENTS_FILE)]
     return Record(
         name=folder.resolve().name,
@@ -120,16 +119,16 @@ def _as_mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(files.read(path))
-    except (OSError, ValueError, RecursionError):
-        return None
+        return strict_json.read_object(path)
+    except (OSError, BadInputError, UsageError):
+        return {}
 
 
 def _read_samples(folder: Path) -> Iterator[Sample]:
     for path in folder.glob("*.json"):
-        content = _as_mapping(_read_json(path))
+        content = _read_json(path)
         samples = content.get("samples")
         if not _is_step(content.get("step")) or not isinstance(samples, list):
             continue
@@ -155,8 +154,8 @@ def _read_incidents(path: Path) -> Iterator[Incident]:
         return
     for line in lines:
         try:
-            values = _as_mapping(json.loads(line))
-        except (ValueError, RecursionError):
+            values = strict_json.parse_object(line, INCIDENTS_FILE)
+        except strict_json.JsonError:
             continue
         if _is_step(values.get("step")):
             kind, message = str(values.get("kind", "")), str(values.get("message", ""))
