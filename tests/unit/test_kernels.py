@@ -19,7 +19,7 @@ from meshlm.core.kernels import Kernels
 from meshlm.generation import DecodeModel, Generator, SamplingConfig
 from meshlm.model.params import unstack_blocks
 from meshlm.model.quantize import quantise_params
-from meshlm.ops.attention import attend_to_cache
+from meshlm.ops.attention import plain_attend_to_cache
 from meshlm.ops.cpu import library, streamed
 from meshlm.ops.cpu.library import LIBRARY
 from meshlm.ops.linear import dots
@@ -180,7 +180,7 @@ def test_attention_of_what_is_not_finite_is_nan_as_xlas_is(where: str, value: fl
         keys = keys.at[0, 0, 1, 3].set(value)
     lengths = jnp.asarray([3, 5])
     mask = jnp.asarray((np.arange(5) < np.asarray(lengths)[:, None])[:, None, None])
-    wanted = np.asarray(attend_to_cache(q, keys, values, mask))[:, 0]
+    wanted = np.asarray(plain_attend_to_cache(q, keys, values, mask))[:, 0]
     found = np.asarray(jax.jit(streamed.attend)(q[:, 0], keys, values, lengths))
     assert np.isnan(wanted[0, 0]).all(), "XLA gives NaN"
     assert np.isnan(found[0, 0]).all()

@@ -214,6 +214,11 @@ def is_split() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def is_one_cpu() -> bool:
+    """True where one CPU device is computed or compiled for."""
+    return target_platform() == "cpu" and not is_split()
+
+
 def axes_of(dim: str) -> frozenset[str]:
     """Returns the axes above 1 of the mesh that is entered that split a logical dim."""
     mesh = jax.sharding.get_abstract_mesh()

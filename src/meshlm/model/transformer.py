@@ -22,7 +22,6 @@ from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.ops.attention import attend_to_cache
-from meshlm.ops.cpu import streamed
 from meshlm.ops.fast_attention import MIXED, attend_causally
 from meshlm.ops.linear import add_bias, dots, layer_norm, lookup, operand
 from meshlm.ops.loss import head_loss
@@ -241,10 +240,7 @@ def _attention(
             return checkpoint_name(mixed_BTNH.astype(compute.dtype), MIXED), None
         old, start_B, mask = cached
         cache = extend(old, start_B, k_BNSH, v_BNSH)
-        if streamed.can_attend(q_BTNH):
-            mixed_BNH = streamed.attend(q_BTNH[:, 0], cache.keys, cache.values, start_B + 1)
-            return mixed_BNH[:, None], cache
-        return attend_to_cache(q_BTNH, cache.keys, cache.values, mask), cache
+        return attend_to_cache(q_BTNH, cache.keys, cache.values, mask, start_B), cache
 
 
 def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from meshlm.core.sharding import target_platform
+from meshlm.ops.cpu import streamed
 
 # Finite, so that a row with nothing to look at gives finite weights; the original's value.
 MASKED = -1e10
@@ -63,6 +64,24 @@ def attend(
 
 
 def attend_to_cache(
+    q_BTNH: Float[Array, "B T N H"],
+    keys_BNSH: Float[Array, "B N S H"],
+    values_BNSH: Float[Array, "B N S H"],
+    mask_BNTS: Bool[Array, "B N T S"],
+    start_B: Int[Array, "B"],
+) -> Float[Array, "B T N H"]:
+    """Returns `plain_attend_to_cache` in the form that is fast on the platform; it has no gradient.
+
+    Args:
+        mask_BNTS: the places that each query sees: its own and those before.
+        start_B: the place of each row's first query.
+    """
+    if streamed.can_attend(q_BTNH):
+        return streamed.attend(q_BTNH[:, 0], keys_BNSH, values_BNSH, start_B + 1)[:, None]
+    return plain_attend_to_cache(q_BTNH, keys_BNSH, values_BNSH, mask_BNTS)
+
+
+def plain_attend_to_cache(
     q_BTNH: Float[Array, "B T N H"],
     keys_BNSH: Float[Array, "B N S H"],
     values_BNSH: Float[Array, "B N S H"],

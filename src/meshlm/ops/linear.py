@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import reshard
+from meshlm.core.sharding import is_one_cpu, reshard
 from meshlm.ops.cpu import streamed as streaming
 from meshlm.ops.cpu import xla
 from meshlm.ops.weights import Matrix, as_matrix
@@ -56,7 +56,7 @@ def _streamed_dots(products: Sequence[Product]) -> list[jax.Array]:
 def add_bias(x: Float[Array, "B T N"], bias: Float[Array, "N"]) -> Float[Array, "B T N"]:
     """Returns x plus the bias, in float32."""
     bias = bias.astype(jnp.float32)
-    if xla.is_faster(jnp.bfloat16):
+    if is_one_cpu():
         return xla.add_bias(x.reshape(-1, x.shape[-1]), bias).reshape(x.shape)
     return x + bias[None, None]
 

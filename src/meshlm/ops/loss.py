@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary, with the original's z-loss as an option.
+"""Cross-entropy over the vocabulary, with mesh-transformer-jax's z-loss as an option.
 
 Dim letters: B batch, T time, D model, V vocabulary rows, M rows (batch and time flattened),
 C rows of a chunk.
@@ -15,10 +15,12 @@ from meshlm.core.sharding import shards_of, share
 from meshlm.ops.cpu import xla
 from meshlm.ops.weights import Dense
 
+# On one CPU the logits of so many tokens exist at a time.
 CHUNK_ROWS = 512
-# Tokens of one device whose logits exist together elsewhere: products are as fast as they get.
-# But of a sequence no more stretches than these: each is compiled by itself.
+# Elsewhere sequences are cut into stretches of consecutive tokens, and the logits of one stretch
+# exist at a time: on each device those of so many tokens, with which products reach full speed.
 STRETCH_ROWS = 1024
+# The most stretches of a sequence: each is compiled separately.
 MAX_STRETCHES = 8
 
 
@@ -32,9 +34,9 @@ class TokenLoss(NamedTuple):
 def token_loss(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> TokenLoss:
     """Returns the loss of every token from its float32 logits.
 
-    The maximum is a constant to the gradient, and the z penalty is the squared log-sum-exp
-    relative to it, as the original has it. The label's logit is a sum against a one-hot, which
-    stays local where the vocabulary is split.
+    The maximum has no gradient, and the z penalty is the squared log-sum-exp relative to it, as in
+    mesh-transformer-jax. The label's logit is a sum against a one-hot, which stays local where the
+    vocabulary is split.
 
     Source: mesh-transformer-jax, layers.py:569-593.
     """
@@ -56,13 +58,13 @@ def head_loss(
     mask_BT: Float[Array, "B T"],
     z_loss: float,
 ) -> Float[Array, ""]:
-    """Returns the loss summed over the tokens, each times its mask, from the head's input.
+    """Returns the loss summed over the tokens, each multiplied by its mask, from the head's input.
 
     Args:
         x_BTD: the final norm's output, in the dtype of the products.
-        head_VD: rounded to the same dtype; its gradients are added up in its own.
+        head_VD: cast to the dtype of x for the products; gradients are summed in its own dtype.
         bias_V: float32.
-        targets_BT: the right next tokens.
+        targets_BT: the tokens to predict.
         mask_BT: 1 where a token counts.
         z_loss: weight of the z penalty.
     """
@@ -95,10 +97,11 @@ def _stretched_loss(
     mask_BT: jax.Array,
     z_loss: float,
 ) -> jax.Array:
-    """A stretch of every sequence at a time, on any mesh; its logits are computed again backward.
+    """Returns what `head_loss` does, on any mesh, one stretch of every sequence at a time.
 
-    The gradients of the head and of x are added up on each device, and over devices once. (In a
-    scan JAX cannot add such sums where it also runs over copies of the weights.)
+    The logits are computed again in the backward pass. The gradients of the head and of x are
+    summed on each device first and over devices once. The loop is unrolled: in a scan JAX cannot
+    make such sums together with those over copies of the weights.
     """
     num_rows, length = x_BTD.shape[0] // shards_of("batch"), x_BTD.shape[1]
     stretch = max(-(-length // MAX_STRETCHES), STRETCH_ROWS // num_rows, 1)
@@ -110,14 +113,14 @@ def _stretched_loss(
     for start in range(0, length, stretch):
         part = (x[:, start : start + stretch] for x in (x_BTD, targets_BT, mask_BT))
         x_BCD, targets_BC, mask_BC = part
-        # One stretch after the other, backward too: else the logits of all exist together.
+        # Orders the stretches, in the backward pass too: else the logits of all exist together.
         x_BCD, total = jax.lax.optimization_barrier((x_BCD, total))
         total += part_loss(x_BCD, head_VD, bias_V, targets_BC, mask_BC)
     return total
 
 
-# On one CPU the gradient is made in the forward pass, a chunk of rows at a time: the logits of a
-# chunk are still at hand then, and those of all rows never exist together.
+# On one CPU the forward pass computes the gradient too, one chunk of rows at a time, while the
+# logits of the chunk exist: they are computed once.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,7 +142,7 @@ def _chunked_loss(
 
 
 def _chunks(*rows: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns arrays [M, ...] as [M/C, C, ...], filled up with zeros that the mask leaves out."""
+    """Returns arrays [M, ...] as [M/C, C, ...], padded with zeros, which the mask excludes."""
     size = min(CHUNK_ROWS, rows[0].shape[0])
     missing = -rows[0].shape[0] % size
 
@@ -180,7 +183,7 @@ def _chunked_forward(
 def _loss_and_gradient(
     logits_CV: jax.Array, targets_C: jax.Array, mask_C: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the chunk's loss, and its gradient by the logits in float32."""
+    """Returns the summed loss of a chunk, and its gradient with respect to the logits, float32."""
     top_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
     log_sum_C1 = jnp.log(jnp.sum(jnp.exp(logits_CV - top_C1), axis=-1, keepdims=True))
     vocab = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)

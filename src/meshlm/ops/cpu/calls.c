@@ -17,13 +17,14 @@
 // All else is hidden: another library's function of the same name cannot take its place.
 #define EXPORTED __attribute__((visibility("default")))
 
-// Chunks of a call, shared among XLA's threads. Whoever comes late finds nothing left: the caller
-// can do all of it alone, and waits for chunks that have begun only.
+// The work of one call in chunks, which XLA's threads share. The calling thread can do all of it
+// alone: a thread that starts late finds no chunk left. At the end the caller waits only for chunks
+// that other threads have begun.
 typedef struct {
   Product products[MAX_PRODUCTS];
   Attention attention;
   int64_t count, chunks;  // count: of products; 0: it is attention
-  float* scores;          // of attention: a float a place for each thread
+  float* scores;          // of attention: for each thread a float for every place
   atomic_long next, done, holders, workers;
 } Job;
 
@@ -57,7 +58,7 @@ static void help(void* job) {
   let_go(job);
 }
 
-// True where the call failed; what it returned is the caller's to free.
+// True where a call of XLA's interface failed; frees the error.
 static int failed(XLA_FFI_CallFrame* frame, XLA_FFI_Error* error) {
   if (!error) return 0;
   XLA_FFI_Error_Destroy_Args args = {.struct_size = sizeof args, .error = error};

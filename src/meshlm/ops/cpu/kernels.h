@@ -1,4 +1,4 @@
-// What the kernels' sources share: the work of a call in chunks, and macros.
+// What the kernels' sources share: macros, and the functions that compute one chunk of a call.
 
 #pragma once
 

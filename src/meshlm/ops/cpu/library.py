@@ -1,12 +1,15 @@
-"""The library of compiled kernels for decoding on a CPU. Imports no JAX: the doctor asks for it."""
+"""The library of compiled kernels for decoding on a CPU.
+
+Imports no JAX, so that `meshlm doctor` can import it where JAX does not start.
+"""
 
 from meshlm.core.kernels import KernelLibrary, Kernels, load_kernels
 
 PRODUCTS = "meshlm_products"
-"""The name of the call that multiplies; see calls.c."""
+"""The call that computes products; see calls.c."""
 
 ATTENTION = "meshlm_attention"
-"""The name of the call that attends to a cache."""
+"""The call that computes attention to a cache."""
 
 LIBRARY = KernelLibrary(
     package="meshlm.ops.cpu",

@@ -98,7 +98,8 @@ UNROLL
 INLINE void tile_s8(int mr, int nr, const uint8_t* x, const int8_t* w, int64_t inner,
                     int32_t* sums) {
 #if defined(WIDE) && defined(__AVX512VNNI__)
-  // The processor multiplies unsigned by signed bytes: 128 times the sum of w is too much.
+  // The instruction multiplies unsigned by signed bytes, and x is 128 too large: 128 times the sum
+  // of w is subtracted at the end.
   const __m512i offset = _mm512_set1_epi8((char)128);
   __m512i acc[ROWS][OUTS], row[OUTS], over[OUTS];
 UNROLL

@@ -1,8 +1,8 @@
 """Decoding on a CPU by compiled kernels, which read weights and cache once: no gradients.
 
 Products of a few rows read each weight as it lies, all products of a call together. The attention
-of one new token reads the places of the cache that are in use. The plain references are
-`Matrix.plain_dot` of each matrix (ops/weights.py) and `attention.attend`.
+of one new token reads only the places of the cache that are in use. The plain references are
+`Matrix.plain_dot` (ops/weights.py) and `plain_attend_to_cache` (ops/attention.py).
 
 Dim letters: M rows, K contracted, B batch, N out or heads, S places, H head dim.
 """
@@ -13,23 +13,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from meshlm.core.sharding import is_split, target_platform
+from meshlm.core.sharding import is_one_cpu
 from meshlm.ops.cpu.library import ATTENTION, PRODUCTS, kernels
 
-# From here on XLA's products, which compute rather than read, are as fast.
-MAX_ROWS = 32
+# With more rows XLA's products are as fast: they compute rather than read.
+_MAX_ROWS = 32
 _MAX_PRODUCTS = 8
 _LANES = 16
 
 
 def is_faster(num_rows: int) -> bool:
-    """True where this module's form is the fast one: few rows, one CPU device, a C compiler."""
-    few = num_rows <= MAX_ROWS and target_platform() == "cpu" and not is_split()
-    return few and kernels().ready
+    """True where the kernels are there and the fast form: few rows on one CPU device."""
+    return num_rows <= _MAX_ROWS and is_one_cpu() and kernels().ready
 
 
 def can_attend(q_BTNH: jax.Array) -> bool:
-    """True where `attend` is the fast form: of one new token a row, with heads of whole vectors."""
+    """True where `attend` is the fast form: one new token a row, head dims in whole vectors."""
     num_rows, length, _, head_dim = q_BTNH.shape
     return length == 1 and head_dim % _LANES == 0 and is_faster(num_rows)
 
