@@ -99,4 +99,4 @@ def test_nothing_is_mapped_that_others_may_cut():
         for path in folder.rglob("*.py")
         if any(maps.search(line.partition("#")[0]) for line in path.read_text().splitlines())
     }
-    assert found == {"conversion/pickled.py"}
+    assert found == {"conversion/hf/pickled.py"}

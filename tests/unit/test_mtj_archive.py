@@ -220,18 +220,20 @@ NPZ = "step_7/shard_0/0.npz"
         ([(member("/" + NPZ), b"x")], "leads out"),
         ([(member("C:\\0.npz"), b"x")], "leads out"),
         ([(member("a\x1b[31m.json"), b"x")], "leads out"),
+        ([(member("a\x1b[31m", tarfile.SYMTYPE, link="x"), b"")], r"'a\\x1b\[31m' leads out"),
         ([(member(NPZ, tarfile.SYMTYPE, link="/etc/passwd"), b"")], "is a symbolic link"),
         ([(member(NPZ, tarfile.LNKTYPE, link="x"), b"")], "is a hard link"),
         ([(member(NPZ, tarfile.CHRTYPE), b"")], "is a device"),
         ([(member(NPZ, tarfile.BLKTYPE), b"")], "is a device"),
         ([(member(NPZ, tarfile.FIFOTYPE), b"")], "is a pipe"),
-        ([(member(NPZ, b"S"), b"")], "type b'S'"),
+        ([(member(NPZ, b"S"), b"")], "0.npz is a sparse file"),
         ([(member(NPZ, size=1 << 50), b"")], "claims 1125899906842624 bytes; at most 68719476736"),
         ([(member("x", tarfile.DIRTYPE, size=9), b"")], "claims 9 bytes; at most 0"),
         ([(member("x", b"L", size=1 << 50), b"")], "header of 1125899906842624 bytes"),
         ([(member("x", b"x", size=1 << 30), b"")], "header of 1073741824 bytes"),
         ([(member("x", b"x"), b"99 path=a\n")], "damaged tar"),
-        ([(member("x", b"x"), b"22 GNU.sparse.major=1\n")], "sparse"),
+        ([(member("x", b"x"), b"22 GNU.sparse.major=1\n"), (member("a"), b"b")], "a is a sparse"),
+        ([(member("x", b"x"), b"10 path=a\n")], "ends where a long name or a pax header has no"),
         ([(member("x", b"x"), b"17 path=../../ab\n"), (member("a"), b"b")], "leads out"),
         ([(member("x", b"L"), b"/etc/passwd\0"), (member("a"), b"b")], "leads out"),
         ([(member("README.md"), b"x")], "README.md is no part of a checkpoint"),
@@ -292,7 +294,7 @@ def test_a_window_that_would_fill_the_memory_is_refused(tmp_path, tar):
 
 
 def test_what_follows_the_end_is_refused(tmp_path, tar):
-    with pytest.raises(BadInputError, match="goes on after its end"):
+    with pytest.raises(BadInputError, match="follow the archive's end"):
         open_bytes(tmp_path, tar + b"more")
 
 

@@ -20,8 +20,9 @@ from meshlm.core.errors import BadInputError
 from meshlm.data.compression import compression_of, decompress
 from meshlm.data.inputs import find_inputs
 from meshlm.data.readers import FileReader, Reading
-from meshlm.data.streams import ByteSource, DamagedStreamError, RefusedStreamError, split
-from meshlm.data.tar import tar_members
+from meshlm.data.streams import split
+from meshlm.formats.byte_source import ByteSource, DamagedStreamError, RefusedStreamError
+from meshlm.formats.tar import tar_members
 
 COMPRESS = {
     # Its time would be in the names of tests, which every worker must collect alike.
@@ -145,7 +146,7 @@ def tar_of(**members: bytes) -> bytes:
 
 def contents(data: bytes) -> dict[str, bytes]:
     found = tar_members(ByteSource(chunked(data, 1000)))
-    return {one.name: b"".join(one.content) for one in found}
+    return {one.name: b"".join(one.chunks()) for one in found}
 
 
 def test_tar_padding_and_joined_archives():

@@ -4,12 +4,10 @@ import bz2
 import functools
 import gzip
 import io
-import itertools
 import lzma
 import os
 import random
 import tarfile
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -26,8 +24,7 @@ from meshlm.data.kinds import named_kind
 from meshlm.data.parsing import Parser
 from meshlm.data.readers import FileReader, Prefix, Reading
 from meshlm.data.records import Record
-from meshlm.data.streams import ByteSource, DamagedStreamError, RefusedStreamError
-from meshlm.data.tar import tar_members
+from meshlm.formats.byte_source import DamagedStreamError, RefusedStreamError
 
 COMPRESS = {
     ".gz": gzip.compress,
@@ -125,29 +122,6 @@ def test_too_large_a_window_is_refused():
         list(decompress(iter([data]), ".zst"))
 
 
-LONG = "d" * 90 + "/" + "é" * 90
-
-
-@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize("long_name", [True, False])
-def test_tar_members_equal_tarfile(kind, long_name):
-    contents = {"a.txt": b"one", "dir/b": b"x" * 512, "empty": b"", "c": CONTENT[:5000]}
-    contents |= {LONG if kind != tarfile.USTAR_FORMAT else "p" * 90 + "/" + "q" * 90: b"long"}
-    contents = contents if long_name else dict(list(contents.items())[:-1])
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
-        for name, data in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-        for member_type in (tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
-            member = tarfile.TarInfo("../odd")
-            member.type, member.linkname = member_type, "/etc/passwd"
-            archive.addfile(member)
-    found = tar_members(ByteSource(chunked(buffer.getvalue(), 100)))
-    assert {one.name: b"".join(one.content) for one in found} == contents
-
-
 def _tar(**members: bytes) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -158,70 +132,11 @@ def _tar(**members: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_damaged_tar_header_is_no_end():
-    data = bytearray(_tar(a=b"one", b=b"two"))
-    data[1024 + 5] ^= 1
-    with pytest.raises(DamagedStreamError, match="checksum"):
-        list(tar_members(ByteSource(iter([bytes(data)]))))
-    with pytest.raises(EOFError):
-        list(tar_members(ByteSource(iter([_tar(a=b"one")[:1024]]))))
-
-
 def _header(size: bytes, kind: bytes) -> bytes:
     head = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
     head[124:136], head[156:157], head[148:156] = size.ljust(12, b"\0"), kind, b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
     return bytes(head)
-
-
-def _pax(records: bytes) -> bytes:
-    padding = bytes(-len(records) % 512)
-    return _header(b"%o" % len(records), b"x") + records + padding + _header(b"0", b"0")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        _header(b"-1", b"0"),
-        _header(b"-1000", b"x"),
-        _header(b"1_0", b"0"),
-        _pax(b"11 size=-1\n"),
-        _pax(b"12 size=1_0\n"),
-        _pax(b"9" * 5000 + b" size=1\n"),
-        _pax(b"5008 size=" + b"9" * 4997 + b"\n"),
-        _pax(b"0 size=1\n"),
-        _pax(b"99 size=1\n"),
-    ],
-)
-def test_tar_sizes_that_are_no_sizes(data):
-    members = tar_members(ByteSource(iter([data + bytes(2048)])))
-    parts = (part for member in members for part in member.content)
-    with pytest.raises(DamagedStreamError, match="malformed"):
-        list(itertools.islice(parts, 9))  # a wrong size gave parts without end
-
-
-def test_sparse_members_are_refused():
-    for data in (_header(b"0", b"S"), _pax(b"22 GNU.sparse.major=1\n")):
-        with pytest.raises(RefusedStreamError, match="member x is a sparse file"):
-            list(tar_members(ByteSource(iter([data + bytes(1024)]))))
-
-
-def test_pax_headers_take_linear_time():
-    def cpu_s(count: int) -> float:
-        data, began_s = _pax(b"6 a=b\n" * count) + bytes(1024), time.process_time()
-        assert len(list(tar_members(ByteSource(iter([data]))))) == 1
-        return time.process_time() - began_s
-
-    short, long = (min(cpu_s(count) for _ in range(5)) for count in (40_000, 80_000))
-    assert long < 3 * short
-
-
-def test_a_huge_tar_header_is_refused():
-    member = tarfile.TarInfo("x")
-    member.size, member.type = 1 << 50, b"x"
-    header = member.tobuf(tarfile.GNU_FORMAT)
-    with pytest.raises(DamagedStreamError, match="tar header of"):
-        list(tar_members(ByteSource(iter([header]))))
 
 
 @given(

@@ -9,7 +9,7 @@ from typing import Any
 from meshlm.core.errors import UsageError
 from meshlm.data.parsing import pile_set_name, text_field_hint
 from meshlm.data.records import MAX_DOCUMENT_BYTES, Record, document_key, not_utf8, too_long
-from meshlm.data.streams import DamagedStreamError, RefusedStreamError
+from meshlm.formats.byte_source import DamagedStreamError, RefusedStreamError
 
 _ROWS = 256  # held at once
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"

@@ -15,13 +15,8 @@ from typing import Protocol
 
 import zstandard
 
-from meshlm.data.streams import (
-    CHUNK_BYTES,
-    ByteSource,
-    Chunks,
-    DamagedStreamError,
-    RefusedStreamError,
-)
+from meshlm.data.streams import CHUNK_BYTES
+from meshlm.formats.byte_source import ByteSource, Chunks, DamagedStreamError, RefusedStreamError
 
 MAX_WINDOW_BYTES = 128 << 20  # what `zstd -22 --ultra` and `zstd --long` need
 _XZ_MEMORY_BYTES = 192 << 20  # `xz -9` needs 65 MiB

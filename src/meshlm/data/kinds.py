@@ -24,7 +24,7 @@ from meshlm.data import compression
 from meshlm.data.parsing import find_field, string_fields, text_field_hint
 from meshlm.data.records import BOM, MAX_DOCUMENT_BYTES, NOT_JSON, json_values, without_bom
 from meshlm.data.streams import CHUNK_BYTES, Peeked
-from meshlm.data.tar import BLOCK_BYTES, is_header
+from meshlm.formats.tar import BLOCK_BYTES, is_header
 
 Format = Literal["auto", "text", "json"]
 LOOK_BYTES = 8 << 10

@@ -18,17 +18,13 @@ from meshlm.data.compression import HEAD_BYTES, NAMES, compression_of, decompres
 from meshlm.data.inputs import InputFile, is_hidden
 from meshlm.data.kinds import LABELS, Found, named_compression, named_kind
 from meshlm.data.records import Record, json_lines, json_records, text_records
-from meshlm.data.streams import (
-    CHUNK_BYTES,
-    ByteSource,
-    Chunks,
-    DamagedStreamError,
-    Peeked,
-    RefusedStreamError,
-)
-from meshlm.data.tar import tar_members
+from meshlm.data.streams import CHUNK_BYTES, Peeked
+from meshlm.formats import tar
+from meshlm.formats.byte_source import ByteSource, Chunks, DamagedStreamError, RefusedStreamError
 
 END_OF_TEXT = "<|endoftext|>"
+_WITHOUT_TEXT = (b"1", b"2", b"3", b"4", tar.FOLDER, b"6", b"D", b"V")
+"""Types of tar members: links, devices, folders, pipes, and the name of the whole archive."""
 RULES = 1
 """Counts up when the same files and options come to give other records."""
 
@@ -244,13 +240,14 @@ class FileReader:
 
     def _tar(self, peeked: Peeked) -> Iterator[Record]:
         try:
-            for name, _, chunks, left_out in tar_members(ByteSource(peeked.chunks())):
-                if is_hidden(name):
+            for member in tar.tar_members(ByteSource(peeked.chunks())):
+                if is_hidden(member.name) or member.kind in _WITHOUT_TEXT:
                     continue
-                if left_out:
-                    yield Record(f"!{name}", 0, last=False, left_out=left_out)
+                if member.kind == tar.FILE:
+                    yield from self._member(member.name, member.chunks())
                 else:
-                    yield from self._member(name, chunks)
+                    reason = _why_left_out(member.kind)
+                    yield Record(f"!{member.name}", 0, last=False, left_out=reason)
         except EOFError:
             if not self._reading.allow_truncated:
                 raise
@@ -358,3 +355,10 @@ def _to_utf8(chunks: Chunks, encoding: str, cut: _Cut) -> Chunks:
         yield decoder.decode(b"", final=not cut.is_cut).encode()
     except UnicodeError as error:
         raise DamagedStreamError(f"not {encoding}: {error}") from None
+
+
+def _why_left_out(kind: bytes) -> str:
+    """Returns why the content of a tar member of this type is not the text of a file."""
+    if kind == tar.VOLUME_PART:
+        return "the rest of a file that begins in another volume of the archive"
+    return f"a tar member of an unknown type ({kind!r})"

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import msgspec
 
 from meshlm.data.bpe import MAX_UNBROKEN_CHARACTERS, CutPoint, cut_point
-from meshlm.data.streams import CHUNK_BYTES, Chunks, lines, split
+from meshlm.data.streams import CHUNK_BYTES, lines, split
+from meshlm.formats.byte_source import Chunks
 
 MAX_DOCUMENT_BYTES = 32 << 20
 """A longer line, row or archive member is a bad document. A text file may be of any length."""

@@ -1,66 +1,10 @@
-"""Byte streams as bounded chunks: taking exact counts, looking ahead, cutting into lines.
-
-A stream that stops early raises EOFError. One that breaks the rules of its format raises
-DamagedStreamError; one that is sound but cannot be read here raises RefusedStreamError.
-"""
+"""Chunks of bytes: looking ahead, cutting into lines and at separators."""
 
 from collections.abc import Iterable, Iterator
 
+from meshlm.formats.byte_source import Chunks
+
 CHUNK_BYTES = 256 << 10
-
-Chunks = Iterator[bytes]
-
-
-class DamagedStreamError(Exception):
-    """The bytes break the rules of their format. The message says which."""
-
-
-class RefusedStreamError(Exception):
-    """The bytes cannot be used as they are. The message says why and what to do."""
-
-
-class ByteSource:
-    """Chunks, taken by exact counts."""
-
-    def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
-        self._buffer = b""
-        self._position = 0
-
-    def at_end(self) -> bool:
-        """Whether no byte is left."""
-        while self._position == len(self._buffer):
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return True
-            self._buffer, self._position = chunk, 0
-        return False
-
-    def parts(self, count: int) -> Chunks:
-        """The next `count` bytes as chunks. Raises EOFError if there are fewer."""
-        while count > 0:
-            if self.at_end():
-                raise EOFError
-            part = self._buffer[self._position : self._position + count]
-            self._position += len(part)
-            count -= len(part)
-            yield part
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes. Raises EOFError if there are fewer."""
-        return b"".join(self.parts(count))
-
-    def skip_zeros(self) -> int:
-        """Skips bytes that are zero; returns how many."""
-        count = 0
-        while not self.at_end():
-            rest = self._buffer[self._position :].lstrip(b"\0")
-            skipped = len(self._buffer) - self._position - len(rest)
-            self._position += skipped
-            count += skipped
-            if rest:
-                break
-        return count
 
 
 class Peeked:
