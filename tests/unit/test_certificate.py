@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tiny
@@ -20,7 +19,6 @@ from meshlm.conversion.proof.certificate import (
     hash_tensor,
     measure,
     probe_tokens,
-    row_blocks,
 )
 from meshlm.conversion.source import Part
 from meshlm.core.errors import MeshLMError
@@ -53,21 +51,11 @@ def test_a_hash_is_that_of_the_bytes_in_c_order(array):
     wanted = hashlib.sha256(array.tobytes()).hexdigest()
     transposed = np.asfortranarray(array)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "_BLOCK_BYTES", 40)
+        patch.setattr("meshlm.formats.tensor.BLOCK_NUMBERS", 10)
         assert hash_tensor(array) == hash_tensor(transposed) == wanted
     rounded = hashlib.sha256(array.astype(BFLOAT16).tobytes()).hexdigest()
     if (np.isinf(array.astype(BFLOAT16)) == np.isinf(array)).all():
         assert hash_tensor(array, BFLOAT16, "x") == rounded
-
-
-@given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 100))
-def test_row_blocks_are_all_rows_once(rows, columns, block_bytes):
-    array = np.arange(rows * columns).reshape(rows, columns)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "_BLOCK_BYTES", block_bytes)
-        pieces = list(row_blocks(array, array + 1))
-    assert np.array_equal(np.concatenate([a for a, _ in pieces]), array)
-    assert np.array_equal(np.concatenate([b for _, b in pieces]), array + 1)
 
 
 def test_probe_tokens_are_rows_of_the_vocabulary():

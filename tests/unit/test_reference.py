@@ -117,8 +117,8 @@ def test_own_weights_agree_with_float64(bias):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_are_computed_in_float32(dtype, monkeypatch):
     """Also when they are cast a few columns at a time."""
-    monkeypatch.setattr(reference, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reference, "_BLOCK_NUMBERS", 250)
+    monkeypatch.setattr(streamed, "_BLOCK_NUMBERS", 250)
     config, params = tiny.CONFIG, tiny.draw_params(tiny.CONFIG)
     rounded = {n: a.astype(dtype).astype(jnp.float32) for n, a in to_named(params).items()}
     wanted = float64_logits(config, from_named(params, rounded), TOKENS)

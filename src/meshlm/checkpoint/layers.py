@@ -7,7 +7,7 @@ the numbers is its own; then each is replaced by the array of the full shape, a 
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from meshlm.checkpoint.manifest import (
 from meshlm.checkpoint.saving import MAX_CHUNK_BYTES, is_layer_stack, saving_context, seal
 from meshlm.core.errors import BadInputError
 from meshlm.core.files import sync_folder, write_new
+from meshlm.formats.tensor import row_blocks
 
 _STATE = "state"
 _SMALL_BYTES = 64 * 1024
@@ -134,7 +135,7 @@ class LayerWriter:
         if layer is not None:
             stored[layer].write(array).result()
             return
-        for rows in _row_blocks(array.shape, self._chunk(name, info)[:1]):
+        for rows in row_blocks(array.shape, _chunk_numbers(array.shape, self._chunk(name, info))):
             stored[rows].write(array[rows]).result()
 
     def seal(self, step: int, files: Mapping[str, bytes]) -> None:
@@ -209,18 +210,14 @@ def _read(stored: Any) -> np.ndarray:
     if not stored.shape or chunk[0] >= stored.shape[0]:
         return stored.read().result()
     result = np.empty(stored.shape, stored.dtype.numpy_dtype)
-    for rows in _row_blocks(stored.shape, chunk[:1]):
+    for rows in row_blocks(stored.shape, _chunk_numbers(stored.shape, chunk)):
         ts.array(result[rows]).write(stored[rows]).result()
     return result
 
 
-def _row_blocks(shape: tuple[int, ...], chunk_rows: tuple[int, ...]) -> Iterator[Any]:
-    """Yields what selects one chunk's rows after another; all of an array without dims."""
-    if not shape:
-        yield ...
-        return
-    for start in range(0, shape[0], chunk_rows[0]):
-        yield slice(start, min(start + chunk_rows[0], shape[0]))
+def _chunk_numbers(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    """Returns the numbers of as many whole rows as a chunk has."""
+    return math.prod((*chunk[:1], *shape[1:]))
 
 
 def _num_bytes(info: ArrayInfo) -> int:

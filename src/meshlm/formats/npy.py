@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from meshlm.core.errors import BadInputError
+from meshlm.formats.tensor import row_blocks
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # numpy knows no bfloat16 and writes it as two bytes of anything.
@@ -37,8 +38,6 @@ _HEADER = re.compile(
     r"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
     r"'shape': \(((?:\d{1,15}, )*\d{1,15},?|)\), \}\s*\n"
 )
-BLOCK_BYTES = 4 << 20
-"""Bytes that are read, written or transposed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +119,9 @@ def read_into(body: Body, header: NpyHeader, target: np.ndarray) -> None:
     shape = header.shape
     if header.fortran:
         shape, target = shape[::-1], target.T
-    if not shape:
-        target[...] = np.frombuffer(body.read(header.data_bytes), header.dtype)[0]
-        return
-    row_bytes = math.prod(shape[1:]) * header.dtype.itemsize
-    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    for start in range(0, shape[0], rows):
-        block = target[start : start + rows]
-        data = np.frombuffer(body.read(len(block) * row_bytes), header.dtype)
+    for rows in row_blocks(shape):
+        block = target[rows]
+        data = np.frombuffer(body.read(block.size * header.dtype.itemsize), header.dtype)
         copy(block, data.reshape(block.shape))
 
 
@@ -143,26 +137,23 @@ def header_bytes(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 def write_array(write: Callable[[bytes], object], array: np.ndarray) -> None:
     """Writes header and bytes of an array, any view, block by block."""
     write(header_bytes(array.shape, array.dtype))
-    rows_of = array if array.ndim else array.reshape(1)
-    row_bytes = math.prod(rows_of.shape[1:]) * array.dtype.itemsize
-    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    for start in range(0, len(rows_of), rows):
-        write(rows_of[start : start + rows].tobytes())
+    for rows in row_blocks(array.shape):
+        write(array[rows].tobytes())
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies a matrix or vector; in blocks, so that a transposed one stays in the cache."""
+    """Copies a matrix or vector; in tiles, so that a transposed one stays in the cache."""
     if target.ndim < 2:
         target[...] = source
         return
-    for rows, columns in _blocks(target.shape):
+    for rows, columns in _tiles(target.shape):
         target[rows, columns] = source[rows, columns]
 
 
-_BLOCK = 256
+_TILE = 256
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-    for row in range(0, shape[0], _BLOCK):
-        for column in range(0, shape[1], _BLOCK):
-            yield slice(row, row + _BLOCK), slice(column, column + _BLOCK)
+def _tiles(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    for row in range(0, shape[0], _TILE):
+        for column in range(0, shape[1], _TILE):
+            yield slice(row, row + _TILE), slice(column, column + _TILE)

@@ -13,7 +13,7 @@ import numpy as np
 
 from meshlm.core.errors import BadInputError
 from meshlm.formats.archive import ArchivedFile
-from meshlm.formats.npy import BLOCK_BYTES, Body, read_header, read_into
+from meshlm.formats.npy import Body, read_header, read_into
 from meshlm.formats.npz import DeflatedBody
 
 _LOCAL, _DIRECTORY, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
@@ -21,6 +21,7 @@ _END = struct.Struct("<4s4H2IH")
 _SIZES_FOLLOW, _UNICODE = 8, 0x800
 _MAX_NAME_BYTES, _MAX_EXTRA_BYTES = 64, 1024
 _MAX_DIRECTORY_BYTES = 4 << 20
+_STEP_BYTES = 1 << 20
 _ZIP64 = 0xFFFFFFFF
 
 
@@ -73,7 +74,7 @@ class StreamedArray:
         """
         left = 0 if self._was_read else self.header.data_bytes
         while left:
-            left -= len(self._body.take(min(left, BLOCK_BYTES)))
+            left -= len(self._body.take(min(left, _STEP_BYTES)))
         if isinstance(self._body, DeflatedBody):
             self._file.give_back(self._body.finish())
         crc = self._crc

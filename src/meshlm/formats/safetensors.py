@@ -20,7 +20,7 @@ import numpy as np
 from meshlm.core import files, strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.formats.content import Content, FileContent, MemoryContent
-from meshlm.formats.tensor import TensorInfo
+from meshlm.formats.tensor import TensorInfo, row_blocks
 
 # The format allows 100 MB. GPT-J 6B needs 40 kB; a hostile one takes 40 times its bytes to parse.
 MAX_HEADER_BYTES = 4 << 20
@@ -29,7 +29,6 @@ _MAX_DIMS = 16
 _MAX_TENSOR_BYTES = 1 << 48
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-_BLOCK_BYTES = 4 << 20
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -196,9 +195,8 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     if array.flags.c_contiguous or array.ndim == 0:
         yield array.reshape(-1).view(np.uint8)
         return
-    rows = max(1, _BLOCK_BYTES * array.shape[0] // array.nbytes)
-    for start in range(0, array.shape[0], rows):
-        yield np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8)
+    for rows in row_blocks(array.shape):
+        yield np.ascontiguousarray(array[rows]).reshape(-1).view(np.uint8)
 
 
 def _parse_header(content: Content, where: str) -> tuple[dict[str, Any], int]:

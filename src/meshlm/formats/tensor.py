@@ -13,7 +13,8 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_BLOCK_NUMBERS = 4 << 20
+BLOCK_NUMBERS = 1 << 20
+"""The numbers that are read, written, copied or compared at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,16 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
-    """Yields what selects some rows of an array after the others: a few million numbers each."""
+def row_blocks(shape: tuple[int, ...], numbers: int | None = None) -> Iterator[Any]:
+    """Yields indices that select all rows of an array, some at a time; `...` for one without dims.
+
+    Args:
+        shape: of the array.
+        numbers: the most in a block, unless one row has more. [`BLOCK_NUMBERS`]
+    """
     if not shape:
         yield ...
         return
-    rows = max(1, _BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
+    rows = max(1, (numbers or BLOCK_NUMBERS) // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
-        yield slice(start, start + rows)
+        yield slice(start, min(start + rows, shape[0]))

@@ -24,12 +24,11 @@ from meshlm.conversion.target import Target
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.formats.safetensors import TensorWriter
-from meshlm.formats.tensor import DTYPES, TensorInfo
+from meshlm.formats.tensor import DTYPES, TensorInfo, row_blocks
 from meshlm.model.config import ModelConfig
 
 MAX_FILE_BYTES = 4_000_000_000
 _METADATA = {"format": "pt"}  # transformers refuses a file without it
-_BLOCK_ROWS = 1024
 _FLOAT32 = DTYPES["float32"]
 
 
@@ -172,18 +171,16 @@ def _matrices(dtypes: Mapping[str, np.dtype]) -> set[np.dtype]:
 def _fold(table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yields the table with the bias in every row: summed in float32, then rounded once."""
     bias = bias_D.astype(np.float32)
-    for start in range(0, len(table_VD), _BLOCK_ROWS):
-        rows = table_VD[start : start + _BLOCK_ROWS]
-        yield cast(rows.astype(np.float32) + bias, dtype, "embedding")
+    for rows in row_blocks(table_VD.shape):
+        yield cast(table_VD[rows].astype(np.float32) + bias, dtype, "embedding")
 
 
 def _is_exact(array: np.ndarray, dtype: np.dtype) -> bool:
     """Whether `dtype` holds every number of the array."""
     if array.dtype == dtype or dtype == _FLOAT32:
         return True
-    rows = array.reshape(-1, array.shape[-1])
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = rows[start : start + _BLOCK_ROWS]
+    for rows in row_blocks(array.shape):
+        block = array[rows]
         with np.errstate(over="ignore"):
             back = block.astype(dtype).astype(np.float32)
         if not np.array_equal(back, block.astype(np.float32)):

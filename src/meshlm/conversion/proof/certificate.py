@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from meshlm.conversion.cast import cast
 from meshlm.conversion.source import Part, Source
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import MeshLMError
-from meshlm.formats.tensor import TensorInfo
+from meshlm.formats.tensor import TensorInfo, row_blocks
 from meshlm.model.config import ModelConfig
 
 CERTIFICATE_FILE = "certificate.json"
@@ -29,7 +29,6 @@ TOLERANCE = 2e-5
 
 _MAX_TOKENS = 32
 _TENSOR_SUFFIXES = (".safetensors", ".npz")
-_BLOCK_BYTES = 64 * 1024 * 1024
 _RECORDED_LIBRARIES = ("meshlm", "numpy", "jax")
 
 
@@ -177,19 +176,10 @@ def raw_tensors(part: Part) -> dict[str, RawTensor]:
 def hash_tensor(array: np.ndarray, dtype: np.dtype | None = None, name: str = "") -> str:
     """Returns the SHA-256 of a tensor's bytes in C order, cast to `dtype` on the way."""
     digest = hashlib.sha256()
-    for (block,) in row_blocks(array):
-        block = block if dtype is None else cast(block, dtype, name)
+    for rows in row_blocks(array.shape):
+        block = array[rows] if dtype is None else cast(array[rows], dtype, name)
         digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
     return digest.hexdigest()
-
-
-def row_blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields the rows of arrays of one shape, some of each at a time."""
-    arrays = tuple(np.atleast_1d(array) for array in arrays)
-    rows = len(arrays[0])
-    count = max(1, _BLOCK_BYTES // max(1, arrays[0].nbytes // max(1, rows)))
-    for start in range(0, rows, count):
-        yield tuple(array[start : start + count] for array in arrays)
 
 
 def files_of(path: Path) -> dict[str, int]:
@@ -235,7 +225,7 @@ def explain(name: str, source: Part, destination: Part, info: TensorInfo | None)
     """
     there = destination.tensors.get(name)
     if info is None:
-        is_zero = not any(block.any() for (block,) in row_blocks(destination.read(name)))
+        is_zero = not destination.read(name).any()
         return "zeros: this format always has one" if is_zero else None
     if there is None:
         return "part of the embedding here" if name == "embedding_bias" else None
@@ -243,10 +233,11 @@ def explain(name: str, source: Part, destination: Part, info: TensorInfo | None)
     if name == "embedding" and "embedding_bias" in source.tensors.keys() - destination.tensors:
         bias = source.read("embedding_bias").astype(np.float32)
     between = info.dtype if bias is None else np.dtype(np.float32)
-    for given, found in row_blocks(source.read(name), destination.read(name)):
-        wanted = cast(given, between, name)
+    given, found = source.read(name), destination.read(name)
+    for rows in row_blocks(given.shape):
+        wanted = cast(given[rows], between, name)
         wanted = wanted if bias is None else cast(wanted + bias, there.dtype, name)
-        if not np.array_equal(wanted.astype(np.float32), found.astype(np.float32)):
+        if not np.array_equal(wanted.astype(np.float32), found[rows].astype(np.float32)):
             return None
     if bias is not None:
         return f"the embedding bias was added in float32, stored as {there.dtype.name}"

@@ -16,10 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from meshlm.conversion.source import Kind, Part
+from meshlm.formats.tensor import row_blocks
 from meshlm.model.config import ModelConfig
 
-# Weights are cast in pieces of at most this many bytes of float32.
-_BLOCK_BYTES = 64 * 1024 * 1024
+# Of a weight, so many numbers are cast to float32 at a time.
+_BLOCK_NUMBERS = 16 << 20
 _MASKED = np.float32(-1e10)
 
 _HF_LAYER = {
@@ -222,9 +223,8 @@ def _columns(weight: np.ndarray) -> np.ndarray:
 
 def _blocks(weight: np.ndarray) -> Iterator[np.ndarray]:
     """Yields the columns of a matrix [K, out] in float32, some at a time."""
-    columns = max(1, _BLOCK_BYTES // (4 * len(weight)))
-    for start in range(0, weight.shape[1], columns):
-        yield _floats(weight[:, start : start + columns])
+    for columns in row_blocks(weight.T.shape, _BLOCK_NUMBERS):
+        yield _floats(weight[:, columns])
 
 
 def _floats(array: np.ndarray) -> np.ndarray:

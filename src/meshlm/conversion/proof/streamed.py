@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshlm.conversion.source import Part
+from meshlm.formats.tensor import row_blocks
 from meshlm.model import transformer
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Block, Params
 from meshlm.model.transformer import Compute
 
-_BLOCK_BYTES = 64 * 1024 * 1024
+_BLOCK_NUMBERS = 16 << 20
 _FLOAT32 = Compute(dtype="float32")
 
 
@@ -76,10 +77,8 @@ class StreamedForward:
         assert self._x is not None
         x = transformer.final_norm(norm, self._model, _FLOAT32, self._x)
         head, bias = part.read("head"), part.read("head_bias")
-        count = max(1, _BLOCK_BYTES // (4 * head.shape[1]))
         pieces = []
-        for start in range(0, len(head), count):
-            rows = slice(start, start + count)
+        for rows in row_blocks(head.shape, _BLOCK_NUMBERS):
             params = _params(head=jnp.asarray(head[rows]), head_bias=jnp.asarray(bias[rows]))
             pieces.append(np.asarray(transformer.unembed(params, x, _FLOAT32))[0])
         return np.concatenate(pieces, axis=1)
