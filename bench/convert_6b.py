@@ -66,11 +66,11 @@ def make(folder: Path, preset: str) -> None:
     from meshlm.core.tree import to_named
     from meshlm.data.tokenizer import load_gpt2
     from meshlm.formats.tensor import TensorInfo
-    from meshlm.model.config import PRESETS
-    from meshlm.model.params import describe
+    from meshlm.model.params import weight_tree
+    from meshlm.model.presets import PRESETS
 
     model = PRESETS[preset]
-    weights = to_named(describe(model))
+    weights = to_named(weight_tree(model))
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     # A prime length: no two rows of a matrix are the same.
     normal = np.random.default_rng(0).standard_normal(8_388_617, np.float32).clip(-2, 2)

@@ -38,8 +38,10 @@ from pathlib import Path
 from typing import Any
 
 from common import positive, say
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.model.flops import flops_per_token, matmul_params, mfu
+from meshlm.model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 Json = dict[str, Any]
@@ -48,7 +50,7 @@ PARTS = ("parity", "train", "decode")
 PARITY_LIMITS = {"logits": 2e-5, "loss": 1e-5, "gradients": 1e-4}
 # With operands rounded to 8 bits the same program differs by about this from float32.
 HALF_LIMITS = {"logits": 5e-2, "loss": 1e-2, "gradients": 1e-1}
-SMALL = ModelConfig(
+SMALL = gpt_j(
     num_layers=1,
     d_model=128,
     num_heads=4,

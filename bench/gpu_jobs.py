@@ -120,10 +120,10 @@ def parity_meshlm(job: Json) -> Json:
     import jax
 
     from meshlm.model.compute import Compute
-    from meshlm.model.config import ModelConfig
+    from meshlm.model.families import model_from_record
     from meshlm.step import StepConfig
 
-    model, optimizer = ModelConfig(**job["model"]), _optimizer("adamw")
+    model, optimizer = model_from_record(job["model"], "job"), _optimizer("adamw")
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     plain = StepConfig(model=model, optimizer=optimizer, compute=Compute(dtype="float32"))
     exact, half = (
@@ -169,7 +169,7 @@ def _passes(device: Any, config: Any, job: Json, precision: str | None) -> Json:
 
     from meshlm.core.sharding import make_mesh, use_mesh
     from meshlm.core.tree import map_named, to_named
-    from meshlm.model.params import describe
+    from meshlm.model.params import weight_tree
     from meshlm.model.transformer import forward
     from meshlm.step import loss_and_grads
 
@@ -179,7 +179,7 @@ def _passes(device: Any, config: Any, job: Json, precision: str | None) -> Json:
         # Every bias and norm away from its initial value, and attention that is not flat.
         return (of.fill + (of.std or 0.02) * draw.standard_normal(of.shape)).astype(np.float32)
 
-    params = map_named(weight, describe(config.model))
+    params = map_named(weight, weight_tree(config.model))
     tokens = next(token_batches(job, job["batch_size"]))
     with use_mesh(make_mesh(devices=[device])), jax.default_matmul_precision(precision):
         params, batch = jax.device_put((params, _step_batch(tokens)), device)
@@ -248,12 +248,12 @@ def _train_meshlm(job: Json, candidate: Json) -> Json:
     import jax
 
     from meshlm.core.sharding import MeshConfig, make_mesh, use_mesh
-    from meshlm.model.config import ModelConfig
+    from meshlm.model.families import model_from_record
     from meshlm.planning.memory import estimate_memory
     from meshlm.planning.setup import Setup
     from meshlm.step import StepConfig, compile_train_step, init_state
 
-    mesh, model = make_mesh(devices=jax.devices()[:1]), ModelConfig(**job["model"])
+    mesh, model = make_mesh(devices=jax.devices()[:1]), model_from_record(job["model"], "job")
     with use_mesh(mesh):
         compute = _compute(model, job, jax.devices()[0], remat=candidate["remat"])
         config = StepConfig(
@@ -296,10 +296,10 @@ def decode_meshlm(job: Json) -> Json:
     from meshlm.generation.decode import DecodeModel
     from meshlm.generation.generate import Generator
     from meshlm.model.compute import Compute
-    from meshlm.model.config import ModelConfig
+    from meshlm.model.families import model_from_record
     from meshlm.model.params import init_params
 
-    model, mesh = ModelConfig(**job["model"]), make_mesh(devices=jax.devices()[:1])
+    model, mesh = model_from_record(job["model"], "job"), make_mesh(devices=jax.devices()[:1])
     with use_mesh(mesh):
         draw = jax.jit(lambda: cast_floating(init_params(model, jax.random.key(0)), "bfloat16"))
         params = draw()

@@ -65,8 +65,8 @@ def write_random(folder: Path, preset: str) -> Path:
     from meshlm.core.config import to_dict, to_json
     from meshlm.core.tree import to_named
     from meshlm.data.tokenizer import train_bpe
-    from meshlm.model.config import PRESETS, vocab_rows
     from meshlm.model.params import init_params
+    from meshlm.model.presets import PRESETS, vocab_rows
 
     tokenizer = train_bpe([TEXT], 300)
     model = dataclasses.replace(PRESETS[preset], vocab_size=vocab_rows(tokenizer.vocab_size))

@@ -30,7 +30,9 @@ from common import say
 from meshlm.core.config import from_dict, to_dict
 from meshlm.core.sharding import MeshConfig
 from meshlm.model.compute import Compute, Remat
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
+from meshlm.model.presets import PRESETS
 from meshlm.optim import OptimizerConfig
 from meshlm.planning.compiling import HOW_TO_COMPILE, Compiled
 from meshlm.planning.plan import Plan, make_plan
@@ -92,7 +94,7 @@ LARGE = Study(
     ),
     other_depth=14,
 )
-_TINY = ModelConfig(
+_TINY = gpt_j(
     num_layers=4,
     d_model=256,
     num_heads=4,

@@ -129,16 +129,19 @@ def _leaves_of_shard(grads: Params, shard: int, shards: int) -> list[jax.Array]:
     def norm(*arrays: jax.Array) -> list[jax.Array]:
         return list(arrays) if shard == 0 else []
 
-    assert grads.embedding_bias is not None
-    leaves = [grads.embedding_bias, piece(grads.embedding)]
-    num_layers = grads.blocks.norm_scale.shape[0]
+    assert grads.embedding.bias is not None
+    leaves = [grads.embedding.bias, piece(grads.embedding.tokens)]
+    num_layers = grads.blocks.attention_norm.scale.shape[0]
     for layer in sorted(range(num_layers), key=str):
         b: Any = jax.tree.map(lambda x, layer=layer: x[layer], grads.blocks)
-        leaves += [piece(b.query), piece(b.value), piece(b.key), piece(b.attention_out, 1)]
-        leaves += [piece(b.ff_in_bias), piece(b.ff_in), b.ff_out_bias, piece(b.ff_out, 1)]
-        leaves += norm(b.norm_offset, b.norm_scale)
-    leaves += [piece(grads.head_bias), piece(grads.head)]
-    return leaves + norm(grads.final_norm_offset, grads.final_norm_scale)
+        readers = (b.attention.query, b.attention.value, b.attention.key)
+        leaves += [piece(linear.weight) for linear in readers]
+        leaves += [piece(b.attention.out.weight, 1)]
+        up, down = b.feed_forward.up, b.feed_forward.down
+        leaves += [piece(up.bias), piece(up.weight), down.bias, piece(down.weight, 1)]
+        leaves += norm(b.attention_norm.offset, b.attention_norm.scale)
+    leaves += [piece(grads.head.bias), piece(grads.head.weight)]
+    return leaves + norm(grads.final_norm.offset, grads.final_norm.scale)
 
 
 def replay(recording: Recording, kind: str, start: int) -> dict[str, float]:

@@ -111,7 +111,7 @@ def train_meshlm(shape: Shape, tokens_path: str) -> Iterator[dict[str, str] | fl
 
     from meshlm.core.sharding import MeshConfig, make_mesh
     from meshlm.data.loader import Batch
-    from meshlm.model.config import ModelConfig
+    from meshlm.model.families import gpt_j
     from meshlm.optim import OptimizerConfig
     from meshlm.step import compile_train_step, init_state
     from meshlm.training.batches import to_device
@@ -120,7 +120,7 @@ def train_meshlm(shape: Shape, tokens_path: str) -> Iterator[dict[str, str] | fl
     yield {"jax": jax.__version__}
     config = RunConfig(
         preset="bench",
-        model=ModelConfig(
+        model=gpt_j(
             num_layers=shape.layers,
             d_model=shape.d_model,
             num_heads=shape.heads,

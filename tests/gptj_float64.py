@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from meshlm.core.tree import to_named
 from meshlm.model.config import ModelConfig
 from meshlm.model.params import Params
 
@@ -54,25 +55,29 @@ def forward(params: Params, config: ModelConfig, tokens, segments=None):
     tokens = np.asarray(tokens)
     batch, length = tokens.shape
     seen, positions = causal(batch, length, segments), np.arange(length)
-    x = np.asarray(params.embedding, np.float64)[tokens]
-    if params.embedding_bias is not None:
-        x = x + np.asarray(params.embedding_bias, np.float64)
+    x = np.asarray(params.embedding.tokens, np.float64)[tokens]
+    if params.embedding.bias is not None:
+        x = x + np.asarray(params.embedding.bias, np.float64)
+    epsilon = config.layer_norm_epsilon
     for layer in range(config.num_layers):
         w = {
             name: np.asarray(value, np.float64)[layer]
-            for name, value in vars(params.blocks).items()
+            for name, value in to_named(params.blocks).items()
         }
-        normed = layer_norm(x, w["norm_scale"], w["norm_offset"], config.layer_norm_epsilon)
-        q, k, v = (np.einsum("btd,nhd->btnh", normed, w[n]) for n in ("query", "key", "value"))
+        normed = layer_norm(x, w["attention_norm.scale"], w["attention_norm.offset"], epsilon)
+        q, k, v = (
+            np.einsum("btd,nhd->btnh", normed, w[f"attention.{name}.weight"])
+            for name in ("query", "key", "value")
+        )
         q, k = (rotate(a, positions, config.rotary_dim, config.rotary_base) for a in (q, k))
-        mixed = np.einsum("btnh,dnh->btd", attend(q, k, v, seen), w["attention_out"])
-        hidden = gelu_new(normed @ w["ff_in"].T + w["ff_in_bias"])
-        x = x + mixed + hidden @ w["ff_out"].T + w["ff_out_bias"]
-    scale, offset = (
-        np.asarray(a, np.float64) for a in (params.final_norm_scale, params.final_norm_offset)
-    )
-    x = layer_norm(x, scale, offset, config.layer_norm_epsilon)
-    return x @ np.asarray(params.head, np.float64).T + np.asarray(params.head_bias, np.float64)
+        mixed = np.einsum("btnh,dnh->btd", attend(q, k, v, seen), w["attention.out.weight"])
+        hidden = normed @ w["feed_forward.up.weight"].T + w["feed_forward.up.bias"]
+        down, bias = w["feed_forward.down.weight"], w["feed_forward.down.bias"]
+        x = x + mixed + gelu_new(hidden) @ down.T + bias
+    norm, head = to_named(params.final_norm), to_named(params.head)
+    scale, offset = (np.asarray(norm[name], np.float64) for name in ("scale", "offset"))
+    weight, bias = (np.asarray(head[name], np.float64) for name in ("weight", "bias"))
+    return layer_norm(x, scale, offset, epsilon) @ weight.T + bias
 
 
 def token_loss(logits, targets):

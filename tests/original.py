@@ -17,6 +17,7 @@ import numpy as np
 import zstandard
 
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Adam = namedtuple("Adam", "count mu nu")
@@ -124,7 +125,7 @@ def write_config(path: Path, model: ModelConfig, **others: Any) -> None:
 
 def small(num_layers: int = 2, num_heads: int = 4, vocab_size: int = 24) -> ModelConfig:
     """Returns a model whose checkpoints are small."""
-    return ModelConfig(
+    return gpt_j(
         num_layers=num_layers,
         d_model=4 * num_heads,
         num_heads=num_heads,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from meshlm.core.sharding import MeshConfig
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import Compute
 from meshlm.planning.setup import Setup
 from meshlm.planning.topology import Interconnect, Topology

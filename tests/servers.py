@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Path:
     tokenizer = train_bpe([TEXT], VOCAB_SIZE)
     assert tokenizer.end_of_text_id == END_OF_TEXT
     arrays = {"params." + name: a for name, a in to_named(draw_params(model)).items()}
-    arrays["params.head_bias"] = arrays["params.head_bias"].at[END_OF_TEXT].set(-100.0)
+    arrays["params.head.bias"] = arrays["params.head.bias"].at[END_OF_TEXT].set(-100.0)
     files = {
         "config.json": to_json({"run": {"model": to_dict(model)}, "options": {}}),
         "tokenizer.json": tokenizer.to_json(),

@@ -12,14 +12,15 @@ import numpy as np
 from meshlm.core.sharding import MeshConfig, make_mesh, sharding_of
 from meshlm.core.tree import map_named, to_named
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Params, describe
+from meshlm.model.families import gpt_j
+from meshlm.model.params import Params, weight_tree
 from meshlm.model.transformer import Compute
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepBatch, StepConfig
 
 F32 = Compute(dtype="float32")
 # No dim equals another, and d_ff is not 4 d_model: a swapped dim cannot go unseen.
-CONFIG = ModelConfig(
+CONFIG = gpt_j(
     num_layers=2,
     d_model=24,
     num_heads=4,
@@ -43,7 +44,7 @@ def draw_params(config: ModelConfig, seed: int = 0, scale: float = 0.3) -> Param
     def draw(_, weight):
         return jnp.asarray(weight.fill + scale * rng.standard_normal(weight.shape), jnp.float32)
 
-    return map_named(draw, describe(config))
+    return map_named(draw, weight_tree(config))
 
 
 def draw_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
@@ -79,7 +80,7 @@ def on_mesh(mesh: jax.sharding.Mesh, config: ModelConfig, params: Params) -> Par
     return jax.tree.map(
         lambda x, weight: jax.device_put(x, sharding_of(mesh, *weight.dims)),
         params,
-        describe(config),
+        weight_tree(config),
     )
 
 

@@ -9,26 +9,27 @@ from hypothesis import strategies as st
 
 from meshlm.core.tree import from_named, to_named
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.model.params import Params
 
 LAYER_NAMES = {
-    "norm_scale": "ln_1.weight",
-    "norm_offset": "ln_1.bias",
-    "query": "attn.q_proj.weight",
-    "key": "attn.k_proj.weight",
-    "value": "attn.v_proj.weight",
-    "attention_out": "attn.out_proj.weight",
-    "ff_in": "mlp.fc_in.weight",
-    "ff_in_bias": "mlp.fc_in.bias",
-    "ff_out": "mlp.fc_out.weight",
-    "ff_out_bias": "mlp.fc_out.bias",
+    "attention_norm.scale": "ln_1.weight",
+    "attention_norm.offset": "ln_1.bias",
+    "attention.query.weight": "attn.q_proj.weight",
+    "attention.key.weight": "attn.k_proj.weight",
+    "attention.value.weight": "attn.v_proj.weight",
+    "attention.out.weight": "attn.out_proj.weight",
+    "feed_forward.up.weight": "mlp.fc_in.weight",
+    "feed_forward.up.bias": "mlp.fc_in.bias",
+    "feed_forward.down.weight": "mlp.fc_out.weight",
+    "feed_forward.down.bias": "mlp.fc_out.bias",
 }
 OUTER_NAMES = {
-    "embedding": "transformer.wte.weight",
-    "final_norm_scale": "transformer.ln_f.weight",
-    "final_norm_offset": "transformer.ln_f.bias",
-    "head": "lm_head.weight",
-    "head_bias": "lm_head.bias",
+    "embedding.tokens": "transformer.wte.weight",
+    "final_norm.scale": "transformer.ln_f.weight",
+    "final_norm.offset": "transformer.ln_f.bias",
+    "head.weight": "lm_head.weight",
+    "head.bias": "lm_head.bias",
 }
 
 
@@ -54,11 +55,11 @@ def hf_config(config: ModelConfig) -> transformers.GPTJConfig:
 
 def to_torch(params: Params, config: ModelConfig) -> transformers.GPTJForCausalLM:
     model = transformers.GPTJForCausalLM(hf_config(config)).float()
-    weights = {}
+    weights, named = {}, to_named(params)
     for name, theirs in OUTER_NAMES.items():
-        weights[theirs] = np.asarray(getattr(params, name))
+        weights[theirs] = np.asarray(named[name])
     for name, theirs in LAYER_NAMES.items():
-        for layer, value in enumerate(np.asarray(getattr(params.blocks, name))):
+        for layer, value in enumerate(np.asarray(named[f"blocks.{name}"])):
             weights[f"transformer.h.{layer}.{theirs}"] = value
     own = dict(model.named_parameters())
     assert own.keys() == weights.keys()
@@ -71,7 +72,7 @@ def to_torch(params: Params, config: ModelConfig) -> transformers.GPTJForCausalL
 
 def from_torch(tensors: dict[str, torch.Tensor], like: Params) -> Params:
     """A tree like `like` from torch's parameters or gradients."""
-    layers = like.blocks.norm_scale.shape[0]
+    layers = like.blocks.attention_norm.scale.shape[0]
     named = {}
     for name, value in to_named(like).items():
         field = name.removeprefix("blocks.")
@@ -87,7 +88,7 @@ def from_torch(tensors: dict[str, torch.Tensor], like: Params) -> Params:
 @st.composite
 def shapes(draw) -> ModelConfig:
     heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 8)) * 2
-    return ModelConfig(
+    return gpt_j(
         num_layers=draw(st.integers(1, 3)),
         d_model=heads * head_dim,  # transformers knows no other
         num_heads=heads,

@@ -14,7 +14,9 @@ _platform.configure()
 if TYPE_CHECKING:
     from meshlm.api import Generations, Model, Score, load
     from meshlm.core.sharding import MeshConfig
-    from meshlm.model.config import PRESETS, ModelConfig
+    from meshlm.model.config import ModelConfig
+    from meshlm.model.families import gpt_j
+    from meshlm.model.presets import PRESETS
     from meshlm.training.config import TrainConfig
     from meshlm.training.loop import train
 
@@ -26,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "Score",
     "TrainConfig",
+    "gpt_j",
     "load",
     "train",
 ]
@@ -37,8 +40,9 @@ _HOMES = {
     "Score": "meshlm.api",
     "load": "meshlm.api",
     "MeshConfig": "meshlm.core.sharding",
-    "PRESETS": "meshlm.model.config",
+    "PRESETS": "meshlm.model.presets",
     "ModelConfig": "meshlm.model.config",
+    "gpt_j": "meshlm.model.families",
     "TrainConfig": "meshlm.training.config",
     "train": "meshlm.training.loop",
 }

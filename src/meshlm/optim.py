@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from meshlm.core.errors import UsageError
 from meshlm.core.tree import PyTree
+from meshlm.model.params import Weight
 
 OptimizerName = Literal["adamw", "adafactor"]
 # Adafactor's: matrices with both sides at least this long keep a mean of squares for each row and
@@ -83,22 +84,18 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""] | int) -> Float[
     return jnp.asarray(warm * config.learning_rate - fall, jnp.float32)
 
 
-def make_optimizer(
-    config: OptimizerConfig, decay_mask: PyTree, shared_mask: PyTree
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, weights: PyTree) -> optax.GradientTransformation:
     """Returns the transformation of gradients into updates, before the factor -learning rate.
 
     Args:
-        config: the knobs.
-        decay_mask: a tree like the parameters, True where weight decay pulls.
-        shared_mask: a tree like the parameters, True for the biases that `bias_shares` is about.
+        weights: a tree like the parameters, of `Weight`s.
     """
-    shares = _shares(config, shared_mask)
+    decay = jax.tree.map(lambda weight: weight.decay, weights)
     return optax.named_chain(
-        ("clip", optax.stateless(lambda grads, _: _clip(grads, shares, config.clip_norm))),
+        ("clip", optax.stateless(lambda grads, _: _clip(config, grads, weights))),
         *_scalings(config),
-        ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay_mask)),
-        ("shares", optax.stateless(lambda updates, _: _times(updates, shares))),
+        ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay)),
+        ("shares", optax.stateless(lambda updates, _: _times_shares(config, updates, weights))),
     )
 
 
@@ -114,34 +111,42 @@ def _scalings(config: OptimizerConfig) -> tuple[tuple[str, optax.GradientTransfo
     return (("adafactor", factored), ("update_clip", optax.clip_by_block_rms(_UPDATE_RMS)))
 
 
-def _clip(grads: PyTree, shares: PyTree, limit: float) -> PyTree:
-    norm = _norm(grads, shares)
+def _clip(config: OptimizerConfig, grads: PyTree, weights: PyTree) -> PyTree:
+    norm, limit = gradient_norm(config, grads, weights), config.clip_norm
     return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), grads)
 
 
-def _times(updates: PyTree, shares: PyTree) -> PyTree:
-    return jax.tree.map(lambda u, count: u if count == 1 else u * count, updates, shares)
+def _times_shares(config: OptimizerConfig, updates: PyTree, weights: PyTree) -> PyTree:
+    def times(weight: Weight, update: jax.Array) -> jax.Array:
+        shares = _shares(config, weight)
+        return update if shares == 1 else update * shares
+
+    return jax.tree.map(times, weights, updates)
 
 
-def gradient_norm(config: OptimizerConfig, grads: PyTree, shared_mask: PyTree) -> Float[Array, ""]:
+def gradient_norm(config: OptimizerConfig, grads: PyTree, weights: PyTree) -> Float[Array, ""]:
     """Returns the global norm by which gradients are clipped.
 
     A bias in shares counts once a share, because each of them has the gradient of their sum.
 
+    Args:
+        weights: a tree like the gradients, of `Weight`s.
+
     Source: mesh-transformer-jax, util.py:29-33.
     """
-    return _norm(grads, _shares(config, shared_mask))
+
+    def square(weight: Weight, grad: jax.Array) -> jax.Array:
+        return _shares(config, weight) * jnp.sum(jnp.square(grad.astype(jnp.float32)))
+
+    leaves = jax.tree.leaves(weights)
+    squares = jax.tree.leaves(jax.tree.map(square, weights, grads))
+    # Python's sort keeps the tree's order among equals, and a sum depends on its order.
+    order = sorted(range(len(leaves)), key=lambda i: leaves[i].normed_last)
+    return jnp.sqrt(sum(squares[i] for i in order))
 
 
-def _shares(config: OptimizerConfig, shared_mask: PyTree) -> PyTree:
-    return jax.tree.map(lambda shared: config.bias_shares if shared else 1, shared_mask)
-
-
-def _norm(grads: PyTree, shares: PyTree) -> Float[Array, ""]:
-    squares = jax.tree.map(
-        lambda g, count: count * jnp.sum(jnp.square(g.astype(jnp.float32))), grads, shares
-    )
-    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+def _shares(config: OptimizerConfig, weight: Weight) -> int:
+    return config.bias_shares if weight.shared else 1
 
 
 def apply_updates(params: PyTree, updates: PyTree, rate: Float[Array, ""]) -> PyTree:

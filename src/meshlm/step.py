@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from meshlm.core.sharding import Axes, copy_axes, current_rules, leave_out, spec, use_mesh
 from meshlm.core.tree import PyTree, cast_floating, pytree
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Params, decay_mask, init_params, shared_mask
+from meshlm.model.params import Params, init_params, weight_tree
 from meshlm.model.transformer import Compute, hidden_states, summed_loss
 from meshlm.optim import (
     OptimizerConfig,
@@ -103,7 +103,7 @@ class StepConfig:
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """Returns the optimizer of this model's parameters."""
-        return make_optimizer(self.optimizer, decay_mask(self.model), shared_mask(self.model))
+        return make_optimizer(self.optimizer, weight_tree(self.model))
 
 
 def init_state(config: StepConfig, seed: int) -> TrainState:
@@ -157,7 +157,7 @@ def loss_and_grads(
     count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
     if config.accumulate == 1:
         loss, grads = jax.value_and_grad(_mean_loss)(params, batch, count, config)
-        square = jnp.square(gradient_norm(config.optimizer, grads, shared_mask(config.model)))
+        square = jnp.square(gradient_norm(config.optimizer, grads, weight_tree(config.model)))
     else:
         loss, grads, square = _accumulate(params, batch, count, config)
     return loss, cast_floating(grads, jnp.float32), square
@@ -194,7 +194,7 @@ def _accumulate(
 
     def gradient(params: Params, rows: StepBatch) -> tuple:
         loss, grads = jax.value_and_grad(_mean_loss)(params, rows, count, config)
-        norm = gradient_norm(config.optimizer, grads, shared_mask(config.model))
+        norm = gradient_norm(config.optimizer, grads, weight_tree(config.model))
         return loss, grads, jnp.square(norm)
 
     def of_every_copy(params: Params, rows: StepBatch) -> tuple:
@@ -267,7 +267,7 @@ def train_step(
     """
     grads: PyTree
     loss, grads, micro_square = loss_and_grads(state.params, batch, config)
-    grad_norm = gradient_norm(config.optimizer, grads, shared_mask(config.model))
+    grad_norm = gradient_norm(config.optimizer, grads, weight_tree(config.model))
     rate = learning_rate(config.optimizer, state.step)
     optimizer = config.make_optimizer()
     params: PyTree = state.params

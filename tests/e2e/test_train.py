@@ -119,12 +119,14 @@ def test_a_run_does_not_go_on_from_nan(straight, cli, compiled, tmp_path):
     last = run / "checkpoints" / f"step_{STEPS}"
     state, files = arrays(last), checkpoint.read_files(last)
     state = {name: jnp.asarray(array) for name, array in state.items()}
-    state["params.blocks.query"] = state["params.blocks.query"].at[1, 0, 2, 3].set(jnp.nan)
+    state["params.blocks.attention.query.weight"] = (
+        state["params.blocks.attention.query.weight"].at[1, 0, 2, 3].set(jnp.nan)
+    )
     with Checkpointer(run / "checkpoints") as checkpointer:
         checkpointer.save(STEPS, state, files)
     done = cli(*options, "--steps", str(STEPS + 1), "--run", run, env=compiled)
     assert done.returncode == 3
-    told = f"checkpoint {last}: array params.blocks.query: 1 NaN of "
+    told = f"checkpoint {last}: array params.blocks.attention.query.weight: 1 NaN of "
     assert one_line(done.stderr).startswith(told)
     assert "first at [1, 0, 2, 3]" in done.stderr
 

@@ -64,7 +64,7 @@ def test_a_run_begins_with_weights_of_any_format(meshlm, run_of_10, store, tmp_p
     found = arrays(tmp_path / "run" / "checkpoints" / "step_1")
     params = {name for name in wanted if name.startswith("params.")}
     extra = found.keys() - wanted.keys()
-    assert extra == ({f"{room}.embedding_bias" for room in ROOMS} if to == "mtj" else set())
+    assert extra == ({f"{room}.embedding.bias" for room in ROOMS} if to == "mtj" else set())
     for name in params:
         assert found[name].tobytes() == wanted[name].tobytes(), name
     assert int(found["optimizer.adam.count"]) == 1
@@ -76,8 +76,8 @@ def test_the_recipe_adds_an_embedding_bias_of_zeros(meshlm, run_of_10, store, tm
     words = ("--init", tmp_path / "hf", *RECIPE[:2], *still)
     assert train(meshlm, tmp_path / "run", store, *words)[0] == 0
     found = arrays(tmp_path / "run" / "checkpoints" / "step_1")
-    assert not found["params.embedding_bias"].any()
-    assert found["optimizer.adam.mu.embedding_bias"].any()
+    assert not found["params.embedding.bias"].any()
+    assert found["optimizer.adam.mu.embedding.bias"].any()
 
 
 ROOMS = ("params", "optimizer.adam.mu", "optimizer.adam.nu")

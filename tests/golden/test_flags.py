@@ -21,8 +21,8 @@ from meshlm.cli.help import command_help
 from meshlm.cli.main import COMMANDS
 from meshlm.cli.options import options_of
 from meshlm.core.tree import to_named
-from meshlm.model.config import PRESETS, vocab_rows
 from meshlm.model.params import count_params
+from meshlm.model.presets import PRESETS, vocab_rows
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepConfig, init_state
 

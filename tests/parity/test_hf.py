@@ -38,8 +38,9 @@ from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe
 from meshlm.data.tokenizer_folder import ReadTokenizer
 from meshlm.formats.safetensors import from_bytes, to_bytes
-from meshlm.model.config import PRESETS
-from meshlm.model.params import Params, describe
+from meshlm.model.families import with_embedding_bias
+from meshlm.model.params import Params, weight_tree
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import forward
 from tiny import F32, draw_tokens, relative_max
 
@@ -74,7 +75,7 @@ def to_params(source: Source) -> Params:
         name: jnp.asarray(np.stack(rows) if name.startswith("blocks.") else rows[0])
         for name, rows in layers.items()
     }
-    return from_named(describe(source.model), named)
+    return from_named(weight_tree(source.model), named)
 
 
 def our_logits(source: Source, tokens) -> np.ndarray:
@@ -247,21 +248,21 @@ class WithBias(Source):
         self.__dict__ |= {k: v for k, v in vars(source).items() if not k.startswith("_")}
         self.kind, self.groups, self.step, self.sidecar = "mtj", ("params", "mu", "nu"), 3, None
         self.counts, self.shards = {}, None
-        self.model = dataclasses.replace(source.model, embedding_bias=True)
+        self.model = with_embedding_bias(source.model)
 
     @property
     def infos(self):
         info = dataclasses.replace(
-            self._source.infos["embedding"], shape=self._bias.shape, dtype=self._bias.dtype
+            self._source.infos["embedding.tokens"], shape=self._bias.shape, dtype=self._bias.dtype
         )
-        return {**self._source.infos, "embedding_bias": info}
+        return {**self._source.infos, "embedding.bias": info}
 
     def parts(self, group="params", order=None):
         for part in self._source.parts(order=order):
             if part.key == "embedding":
-                part.tensors = {n: self.infos[n] for n in ("embedding", "embedding_bias")}
+                part.tensors = {n: self.infos[n] for n in ("embedding.tokens", "embedding.bias")}
                 read = part.read
-                part.read = lambda n, read=read: self._bias if n == "embedding_bias" else read(n)
+                part.read = lambda n, read=read: self._bias if n == "embedding.bias" else read(n)
             yield part
 
 
@@ -273,14 +274,14 @@ def test_the_embedding_bias_is_folded_in_float32(tmp_path, dtype):
     source = WithBias(bare, bias if dtype is None else bias.astype(dtype_of(dtype)))
     target = write_folder(tmp_path / "ours", source, dtype)
     again = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "ours")
-    table = next(bare.parts()).read("embedding").astype(np.float32)
+    table = next(bare.parts()).read("embedding.tokens").astype(np.float32)
     wanted = torch.from_numpy(table) + torch.from_numpy(np.asarray(source._bias, np.float32))
     if dtype is None:
         assert again.dtype == torch.float32
     else:
         wanted = wanted.bfloat16()
     assert torch.equal(again.transformer.wte.weight, wanted)
-    assert not target.model.embedding_bias
+    assert not target.model.has_bias("embedding")
     assert f"stored as {dtype or 'float32'}" in target.notes[0]
     assert "optimizer's state" in target.notes[1]
 
@@ -502,7 +503,7 @@ def test_variants_as_transformers_saves_them(saved, tmp_path, size):
         for name, tensor in other.state_dict().items():
             assert torch.equal(read.state_dict()[name], tensor), name
         theirs = open_source(tmp_path / "other")
-        assert numbers_of(theirs)["head"] == other.lm_head.weight.detach().numpy().tobytes()
+        assert numbers_of(theirs)["head.weight"] == other.lm_head.weight.detach().numpy().tobytes()
         index.unlink()
         with pytest.raises(BadInputError, match=r"of weights and no model\.safetensors\.index"):
             open_source(tmp_path)

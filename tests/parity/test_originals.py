@@ -60,7 +60,7 @@ def tokens_of(golden, key: str) -> np.ndarray:
 def test_the_checkpoint_has_all_parameters(model):
     sizes = [leaf.size for leaf in jax.tree.leaves(model.params)]
     assert sum(sizes) == count_params(model.config)
-    assert model.config.embedding_bias
+    assert model.config.has_bias("embedding")
 
 
 def test_logits(model, golden):

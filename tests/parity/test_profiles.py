@@ -12,14 +12,14 @@ import torch
 import gptj_float64
 from meshlm.core.tree import cast_floating
 from meshlm.generation.profiles import numerics
-from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.model.transformer import forward
 from tiny import CONFIG, draw_params, draw_tokens, relative_l2, relative_max
 from torch_gptj import as_torch, to_torch
 
 pytestmark = pytest.mark.parity
 
-WIDE = ModelConfig(
+WIDE = gpt_j(
     num_layers=4,
     d_model=128,
     num_heads=2,

@@ -13,8 +13,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.model.params import count_params
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import forward
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepBatch, compile_train_step, init_state, loss_and_grads
@@ -95,7 +96,7 @@ def test_padded_batches_agree_where_there_is_text(side):
         assert relative_max(ours, theirs[row][real]) <= 2e-5
 
 
-CONFIG = ModelConfig(
+CONFIG = gpt_j(
     num_layers=2,
     d_model=32,
     num_heads=4,

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from meshlm.core import sharding
 from meshlm.core.sharding import AXES, sharding_of
-from meshlm.model.config import PRESETS
 from meshlm.model.params import abstract_params
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import Compute, forward
 from meshlm.step import StepBatch, init_state, loss_and_grads, train_step
 from tiny import step_config

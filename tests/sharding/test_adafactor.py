@@ -74,6 +74,6 @@ def test_a_mesh_trains_as_one_device(one_device, rules, sizes):
     # magnifies the rounding of the smallest.
     assert_trees_close(state.params, wanted.params, 1e-3)
     factored = {n: x for n, x in to_named(wanted.optimizer).items() if x.size > 1}
-    assert "adafactor.v_row.blocks.ff_in" in factored
+    assert "adafactor.v_row.blocks.feed_forward.up.weight" in factored
     found = to_named(state.optimizer)
     assert_trees_close({name: found[name] for name in factored}, factored, 1e-4)

@@ -11,8 +11,8 @@ import pytest
 
 from meshlm.core.sharding import MeshConfig, make_mesh
 from meshlm.generation import DecodeModel, Generator, SamplingConfig, Scorer
-from meshlm.model.config import PRESETS
 from meshlm.model.params import init_params
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import Compute
 
 # One layer: all are split alike, and there is much to compile.

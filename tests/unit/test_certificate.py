@@ -23,7 +23,7 @@ from meshlm.conversion.proof.certificate import (
 from meshlm.conversion.source import Part
 from meshlm.core.errors import MeshLMError
 from meshlm.formats.tensor import TensorInfo
-from meshlm.model.config import PRESETS
+from meshlm.model.presets import PRESETS
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
@@ -37,6 +37,11 @@ class DictPart(Part):
         return self._arrays[name]
 
     read_raw = read
+
+
+def make_part(**arrays: np.ndarray) -> DictPart:
+    """The embedding's tensors by the last part of their names."""
+    return DictPart(**{f"embedding.{name}": array for name, array in arrays.items()})
 
 
 def reason(name: str, source: DictPart, destination: DictPart, dtype=None) -> str | None:
@@ -69,20 +74,20 @@ def test_probe_tokens_are_rows_of_the_vocabulary():
 def test_explanations():
     table = np.array([[1.0, -0.0], [3.0, 4.0]], np.float32)
     bias = np.array([0.001, -2.0], np.float32)
-    both = DictPart(embedding=table, embedding_bias=bias)
-    one = DictPart(embedding=table)
-    folded = DictPart(embedding=table + bias)
-    assert reason("embedding", both, folded) == (
+    both = make_part(tokens=table, bias=bias)
+    one = make_part(tokens=table)
+    folded = make_part(tokens=table + bias)
+    assert reason("embedding.tokens", both, folded) == (
         "the embedding bias was added in float32, stored as float32"
     )
-    rounded = DictPart(embedding=(table + bias).astype(BFLOAT16))
-    assert "stored as bfloat16" in str(reason("embedding", both, rounded, BFLOAT16))
-    assert reason("embedding_bias", both, folded) == "part of the embedding here"
-    zeros = DictPart(embedding=table, embedding_bias=np.zeros(2, np.float32))
-    assert reason("embedding_bias", one, zeros) == "zeros: this format always has one"
-    narrow = DictPart(embedding=table.astype(BFLOAT16))
-    assert reason("embedding", narrow, one) == "the same numbers as float32"
-    assert reason("embedding", DictPart(embedding=table + 0.0), one) == (
+    rounded = make_part(tokens=(table + bias).astype(BFLOAT16))
+    assert "stored as bfloat16" in str(reason("embedding.tokens", both, rounded, BFLOAT16))
+    assert reason("embedding.bias", both, folded) == "part of the embedding here"
+    zeros = make_part(tokens=table, bias=np.zeros(2, np.float32))
+    assert reason("embedding.bias", one, zeros) == "zeros: this format always has one"
+    narrow = make_part(tokens=table.astype(BFLOAT16))
+    assert reason("embedding.tokens", narrow, one) == "the same numbers as float32"
+    assert reason("embedding.tokens", make_part(tokens=table + 0.0), one) == (
         "the same numbers; zeros of another sign"
     )
 
@@ -90,17 +95,17 @@ def test_explanations():
 def test_no_explanation_for_other_numbers():
     table = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     bias = np.array([0.5, -2.0], np.float32)
-    both = DictPart(embedding=table, embedding_bias=bias)
+    both = make_part(tokens=table, bias=bias)
     changed = table.copy()
     changed[1, 1] = np.nextafter(np.float32(4), np.float32(5))
-    assert reason("embedding", DictPart(embedding=table), DictPart(embedding=changed)) is None
-    assert reason("embedding", both, DictPart(embedding=table)) is None
-    assert reason("embedding", both, DictPart(embedding=changed + bias)) is None
-    assert reason("embedding_bias", DictPart(embedding=table), both) is None
-    assert reason("embedding", both, DictPart(embedding_bias=bias)) is None
+    assert reason("embedding.tokens", make_part(tokens=table), make_part(tokens=changed)) is None
+    assert reason("embedding.tokens", both, make_part(tokens=table)) is None
+    assert reason("embedding.tokens", both, make_part(tokens=changed + bias)) is None
+    assert reason("embedding.bias", make_part(tokens=table), both) is None
+    assert reason("embedding.tokens", both, make_part(bias=bias)) is None
     # Bits that NaN hides from a comparison of numbers are no explanation either.
-    nan = DictPart(embedding=np.full((2, 2), np.nan, np.float32))
-    assert reason("embedding", nan, nan) is None
+    nan = make_part(tokens=np.full((2, 2), np.nan, np.float32))
+    assert reason("embedding.tokens", nan, nan) is None
 
 
 def logits(scale: float = 0.0) -> np.ndarray:

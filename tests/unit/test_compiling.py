@@ -13,8 +13,9 @@ import pytest
 from meshlm.core.errors import MeshLMError, UsageError
 from meshlm.core.platform import has_tpu_compiler
 from meshlm.core.sharding import RULES, MeshConfig, make_mesh, use_mesh
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
 from meshlm.model.flops import matmul_params
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import Compute
 from meshlm.planning import worker
 from meshlm.planning.compiling import Compiled, compile_setup, run_worker

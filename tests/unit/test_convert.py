@@ -30,9 +30,10 @@ from meshlm.conversion.opening import open_source
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError, MeshLMError, StoppedError, UsageError
 from meshlm.core.tree import to_named
+from meshlm.model.families import with_embedding_bias
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mtj/dev_s4_distinct"
-CONFIG = dataclasses.replace(tiny.CONFIG, embedding_bias=True, d_ff=96)
+CONFIG = with_embedding_bias(dataclasses.replace(tiny.CONFIG, d_ff=96))
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,11 @@ def test_the_certificate_is_part_of_a_converted_checkpoint(original):
 def test_around_all_formats_the_numbers_stay(native, tmp_path):
     hf, mtj, last = (tmp_path / name for name in ("hf", "mtj", "last"))
     to_hf = convert(open_source(native), hf, to="hf")
-    assert set(to_hf.other_tensors) == {"embedding", "embedding_bias"}
+    assert set(to_hf.other_tensors) == {"embedding.tokens", "embedding.bias"}
     to_mtj = convert(open_source(hf), mtj, to="mtj", shards=2)
-    assert to_mtj.other_tensors == {"embedding_bias": "zeros: this format always has one"}
+    assert to_mtj.other_tensors == {"embedding.bias": "zeros: this format always has one"}
     back = convert(open_source(mtj), last, to="hf")
-    assert back.other_tensors == {"embedding_bias": "part of the embedding here"}
+    assert back.other_tensors == {"embedding.bias": "part of the embedding here"}
     first, again = (open_source(path) for path in (hf, last))
     for here, there in zip(first.parts(), again.parts(), strict=True):
         for name in here.tensors:
@@ -158,20 +159,20 @@ def test_a_narrow_embedding_with_its_bias_is_not_rounded_unasked(native, tmp_pat
     convert(open_source(native), narrow, to="meshlm", dtype="bfloat16")
     certificate = convert(open_source(narrow), tmp_path / "hf", to="hf")
     assert not certificate.is_lossy
-    assert open_source(tmp_path / "hf").infos["embedding"].dtype == np.float32
+    assert open_source(tmp_path / "hf").infos["embedding.tokens"].dtype == np.float32
     rounded = convert(open_source(narrow), tmp_path / "hf16", to="hf", dtype="bfloat16")
     assert rounded.is_lossy
-    assert "stored as bfloat16" in rounded.other_tensors["embedding"]
+    assert "stored as bfloat16" in rounded.other_tensors["embedding.tokens"]
 
 
 def test_a_number_too_large_for_the_dtype_is_refused(tmp_path):
     params = tiny.draw_params(CONFIG)
-    head = params.head.at[3, 4].set(1e6)
+    head = dataclasses.replace(params.head, weight=params.head.weight.at[3, 4].set(1e6))
     named = to_named(dataclasses.replace(params, head=head))
     with Checkpointer(tmp_path / "run") as checkpointer:
         files = {"config.json": to_json({"model": to_dict(CONFIG)})}
         checkpointer.save(1, {"params." + n: a for n, a in named.items()}, files)
-    with pytest.raises(BadInputError, match="head has numbers too large for float16"):
+    with pytest.raises(BadInputError, match=r"head\.weight has numbers too large for float16"):
         convert(open_source(tmp_path / "run"), tmp_path / "out", to="meshlm", dtype="float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
@@ -184,7 +185,7 @@ class Damaging(NativeTarget):
 
         def damaged(name):
             array = read(name)
-            if name == "blocks.1.ff_out":
+            if name == "blocks.1.feed_forward.down.weight":
                 array = array.copy()
                 array[2, 3] = np.nextafter(array[2, 3], np.float32(9))
             return array
@@ -195,7 +196,9 @@ class Damaging(NativeTarget):
 
 def test_one_wrong_bit_fails_and_leaves_nothing(native, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "NativeTarget", Damaging)
-    with pytest.raises(MeshLMError, match=r"changed blocks\.1\.ff_out \(params\)") as caught:
+    with pytest.raises(
+        MeshLMError, match=r"changed blocks\.1\.feed_forward\.down\.weight \(params\)"
+    ) as caught:
         convert(open_source(native), tmp_path / "out", to="meshlm")
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ from meshlm.data.prepare import PrepareConfig, prepare
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer
 from meshlm.formats.safetensors import to_bytes
-from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.serving.api.prompts import Vocabulary
 from meshlm.serving.api.tokens import tokenizer_info
 from meshlm.serving.config import EngineConfig
@@ -40,7 +40,7 @@ from meshlm.training.validation import sample_texts
 from tokenizer_folders import ASK, END, EOT, FAST, FOLDERS, SAY, token, tokenizer_json
 
 ROWS, SAYS = 272, END + 2
-MODEL = ModelConfig(
+MODEL = gpt_j(
     num_layers=1,
     d_model=16,
     num_heads=2,

@@ -22,8 +22,9 @@ from meshlm.generation import (
     generate,
 )
 from meshlm.generation.sampling import RowOptions
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
 from meshlm.model.params import Params, init_params
+from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import Compute, forward
 
 CONFIG = dataclasses.replace(PRESETS["test"], vocab_size=384)
@@ -184,8 +185,8 @@ def test_repetition_penalty_counts_prompt_and_output(params: Params, generator: 
 def test_bfloat16_follows_the_same_weights(params: Params) -> None:
     compute = Compute(dtype="bfloat16")
     model = DecodeModel.prepare(params, CONFIG, compute, allowed_vocab=ALLOWED)
-    assert model.params.head.dtype == jnp.bfloat16
-    assert model.params.embedding.dtype == jnp.float32
+    assert model.params.head.weight.dtype == jnp.bfloat16
+    assert model.params.embedding.tokens.dtype == jnp.float32
     (result,) = make_generator(model).generate([SHORT], greedy(8))[0]
     found = jax.jit(lambda p, t: forward(p, CONFIG, t, compute))(
         params, decode.pad_rows([SHORT + result.tokens], 1, CONTEXT)
@@ -330,9 +331,12 @@ def test_empty_prompt_is_one_end_of_text(generator: Generator) -> None:
 
 
 def test_padded_ids_are_never_chosen(params: Params) -> None:
-    bias = params.head_bias.at[ALLOWED:].set(1e4)
+    bias = params.head.bias.at[ALLOWED:].set(1e4)
     model = DecodeModel.prepare(
-        dataclasses.replace(params, head_bias=bias), CONFIG, F32, allowed_vocab=ALLOWED
+        dataclasses.replace(params, head=dataclasses.replace(params.head, bias=bias)),
+        CONFIG,
+        F32,
+        allowed_vocab=ALLOWED,
     )
     generator = make_generator(model)
     wild = SamplingConfig(

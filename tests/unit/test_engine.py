@@ -16,6 +16,7 @@ import pytest
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, train_bpe
 from meshlm.generation import DecodeModel, Generator, SamplingConfig, Scorer
+from meshlm.model.params import Embedding
 from meshlm.serving.config import EngineConfig
 from meshlm.serving.engine import Engine, Loaded
 from meshlm.serving.requests import (
@@ -85,8 +86,8 @@ def model(tokenizer: Tokenizer) -> DecodeModel:
 def make_model(tokenizer: Tokenizer, nan_token: int | None = None) -> DecodeModel:
     params = draw_params(MODEL)
     if nan_token is not None:
-        table = params.embedding.at[nan_token].set(jnp.nan)
-        params = dataclasses.replace(params, embedding=table)
+        table = params.embedding.tokens.at[nan_token].set(jnp.nan)
+        params = dataclasses.replace(params, embedding=Embedding(tokens=table))
     return DecodeModel.prepare(
         params, MODEL, F32, allowed_vocab=tokenizer.vocab_size, mesh=mesh_of()
     )

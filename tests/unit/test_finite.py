@@ -33,11 +33,11 @@ from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import train_bpe
 from meshlm.formats.safetensors import to_bytes
-from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.step import abstract_state
 from meshlm.training.saved import refuse_not_finite
 
-MODEL = ModelConfig(
+MODEL = gpt_j(
     num_layers=2,
     d_model=32,
     num_heads=4,
@@ -165,21 +165,30 @@ def save(folder: Path, arrays) -> Path:
 
 def test_a_checkpoint_of_ours(tmp_path):
     stacked = to_named(tiny.draw_params(MODEL))
-    stacked["blocks.ff_in"] = stacked["blocks.ff_in"].at[1, 7, 9].set(jnp.nan)
+    stacked["blocks.feed_forward.up.weight"] = (
+        stacked["blocks.feed_forward.up.weight"].at[1, 7, 9].set(jnp.nan)
+    )
     arrays = {f"params.{name}": array for name, array in stacked.items()}
     moments = {
         f"optimizer.adam.{group}.{name}": jnp.ones_like(array)
         for group in ("mu", "nu")
         for name, array in stacked.items()
     }
-    moments["optimizer.adam.nu.head"] = moments["optimizer.adam.nu.head"].at[3, 4].set(jnp.inf)
+    moments["optimizer.adam.nu.head.weight"] = (
+        moments["optimizer.adam.nu.head.weight"].at[3, 4].set(jnp.inf)
+    )
     moments["optimizer.adam.count"] = jnp.asarray(5, jnp.int32)
     step = save(tmp_path / "checkpoints", arrays | moments)
-    told = r"step_5: array params\.blocks\.ff_in, layer 1: 1 NaN .* first at \[7, 9\]"
+    told = (
+        r"step_5: array params\.blocks\.feed_forward\.up\.weight, layer 1: 1 NaN .* "
+        r"first at \[7, 9\]"
+    )
     with pytest.raises(BadInputError, match=told):
         load(step)
     abstract = abstract_state(tiny.step_config(MODEL), tiny.mesh_of())
-    with pytest.raises(BadInputError, match=r"array optimizer\.adam\.nu\.head: 1 inf.* \[3, 4\]"):
+    with pytest.raises(
+        BadInputError, match=r"array optimizer\.adam\.nu\.head\.weight: 1 inf.* \[3, 4\]"
+    ):
         load_stacked(open_native(step), "nu", abstract.params)
 
 
@@ -192,11 +201,13 @@ def test_what_a_run_goes_on_from(tmp_path):
     arrays["optimizer.adam.count"] = jnp.asarray(5, jnp.int32)
     refuse_not_finite(Restored(path=tmp_path, step=5, arrays=arrays, files={}))
     for value in (jnp.nan, jnp.inf, -jnp.inf):
-        wrong = np.asarray(params.head).copy()
+        wrong = np.asarray(params.head.weight).copy()
         wrong[200, 30] = value
-        spoiled = arrays | {"params.head": jax.device_put(wrong, params.head.sharding)}
+        spoiled = arrays | {
+            "params.head.weight": jax.device_put(wrong, params.head.weight.sharding)
+        }
         step = save(tmp_path / str(value), spoiled)
-        told = r"step_5: array params\.head: 1 (NaN|inf).* first at \[200, 30\]"
+        told = r"step_5: array params\.head\.weight: 1 (NaN|inf).* first at \[200, 30\]"
         with pytest.raises(BadInputError, match=told):
             refuse_not_finite(Restored(path=step, step=5, arrays=spoiled, files={}))
     assert checkpoint.verify(step) == []

@@ -2,8 +2,8 @@
 
 import pytest
 
-from meshlm.model.config import PRESETS
 from meshlm.model.flops import flops_per_token, matmul_params, mfu
+from meshlm.model.presets import PRESETS
 
 GPT_J_6B = PRESETS["gpt-j-6b"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import load_gpt2, train_bpe
 from meshlm.data.tokenizer_folder import ReadTokenizer
 from meshlm.formats.safetensors import to_bytes
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
+from meshlm.model.presets import PRESETS
 
 # As the published folder has it, but for the sizes.
 CONFIG = {
@@ -55,7 +58,7 @@ CONFIG = {
     "use_cache": True,
     "vocab_size": 21,
 }
-MODEL = ModelConfig(
+MODEL = gpt_j(
     num_layers=2,
     d_model=12,
     num_heads=2,
@@ -142,21 +145,24 @@ def test_the_native_tensors_are_the_files(tmp_path):
     found = read_all(source)
     assert found.keys() == source.infos.keys()
     for name, theirs in {
-        "embedding": "transformer.wte.weight",
-        "blocks.1.query": "transformer.h.1.attn.q_proj.weight",
-        "blocks.1.key": "transformer.h.1.attn.k_proj.weight",
-        "blocks.0.value": "transformer.h.0.attn.v_proj.weight",
-        "blocks.0.attention_out": "transformer.h.0.attn.out_proj.weight",
-        "blocks.0.ff_in": "transformer.h.0.mlp.fc_in.weight",
-        "blocks.1.ff_out_bias": "transformer.h.1.mlp.fc_out.bias",
-        "final_norm_offset": "transformer.ln_f.bias",
-        "head": "lm_head.weight",
+        "embedding.tokens": "transformer.wte.weight",
+        "blocks.1.attention.query.weight": "transformer.h.1.attn.q_proj.weight",
+        "blocks.1.attention.key.weight": "transformer.h.1.attn.k_proj.weight",
+        "blocks.0.attention.value.weight": "transformer.h.0.attn.v_proj.weight",
+        "blocks.0.attention.out.weight": "transformer.h.0.attn.out_proj.weight",
+        "blocks.0.feed_forward.up.weight": "transformer.h.0.mlp.fc_in.weight",
+        "blocks.1.feed_forward.down.bias": "transformer.h.1.mlp.fc_out.bias",
+        "final_norm.offset": "transformer.ln_f.bias",
+        "head.weight": "lm_head.weight",
     }.items():
         assert np.array_equal(found[name].ravel(), TENSORS[theirs].ravel()), name
     # Row n*6+h of theirs is head n, dim h; columns of the output projection likewise.
-    assert found["blocks.1.query"][1, 2, 7] == TENSORS["transformer.h.1.attn.q_proj.weight"][8, 7]
+    assert (
+        found["blocks.1.attention.query.weight"][1, 2, 7]
+        == TENSORS["transformer.h.1.attn.q_proj.weight"][8, 7]
+    )
     out = TENSORS["transformer.h.0.attn.out_proj.weight"]
-    assert found["blocks.0.attention_out"][3, 1, 4] == out[3, 10]
+    assert found["blocks.0.attention.out.weight"][3, 1, 4] == out[3, 10]
     raw = {n: part.read_raw(n) for part in source.parts() for n in part.raw}
     assert raw.keys() == TENSORS.keys()
     assert all(np.array_equal(raw[n], TENSORS[n]) for n in raw)
@@ -177,9 +183,9 @@ def test_shards_mixed_dtypes_and_old_buffers(tmp_path, monkeypatch):
     shards = {file: list(names) for file, names in HALVES.items()}
     shards["model-00001-of-00002.safetensors"] += buffers
     source = open_hf(write_shards(tmp_path, shards))
-    assert source.infos["head"].dtype == ml_dtypes.bfloat16
-    assert source.infos["head_bias"].dtype == np.float16
-    assert np.array_equal(read_all(source)["head"], brain)
+    assert source.infos["head.weight"].dtype == ml_dtypes.bfloat16
+    assert source.infos["head.bias"].dtype == np.float16
+    assert np.array_equal(read_all(source)["head.weight"], brain)
 
 
 def test_names_without_their_prefix(tmp_path):
@@ -462,7 +468,7 @@ def test_what_is_written_reads_back(tmp_path):
 def test_shapes_that_transformers_has_not(tmp_path, changes):
     source = open_hf(write(tmp_path / "in"))
     (tmp_path / "out").mkdir()
-    model = ModelConfig(**vars(MODEL) | changes)
+    model = dataclasses.replace(MODEL, **changes)
     with pytest.raises(UsageError, match="--to meshlm"):
         make_target(tmp_path / "out", source, model)
     assert list((tmp_path / "out").iterdir()) == []

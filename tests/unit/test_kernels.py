@@ -138,7 +138,7 @@ def test_decoding_with_them_is_decoding_without(
     # Heads of 16 dims, so that attention takes its kernel too.
     config = dataclasses.replace(CONFIG, d_model=32, num_heads=2, head_dim=16, rotary_dim=8)
     params = unstack_blocks(draw_params(config, scale=0.1))
-    params = quantise_params(params) if dtype == "int8" else params
+    params = quantise_params(config, params) if dtype == "int8" else params
     compute = dataclasses.replace(F32, dtype="float32" if dtype == "int8" else dtype)
     samples = []
     # The vocabulary's bound is part of what is compiled: nothing is taken from the other.

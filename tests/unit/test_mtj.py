@@ -23,6 +23,7 @@ from meshlm.core.errors import BadInputError, UsageError
 from meshlm.formats import archive
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import with_embedding_bias
 from original import BFLOAT16, leaf, make_trees, small
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "mtj" / "dev_s4_distinct"
@@ -48,27 +49,29 @@ def by_hand(trees, model: ModelConfig, group: str = "params") -> dict[str, np.nd
     embedding, head = "embedding_shard/~/linear", "projection_shard/~/linear"
     norm = "projection_shard/~/replicated_layer_norm"
     result = {
-        "embedding": np.concatenate(get(embedding, "w"), axis=0),
-        "embedding_bias": total(get(embedding, "b")),
-        "final_norm_scale": get(norm, "scale")[0],
-        "final_norm_offset": get(norm, "offset")[0],
-        "head": np.concatenate(get(head, "w"), axis=1).T,
-        "head_bias": np.concatenate(get(head, "b")),
+        "embedding.tokens": np.concatenate(get(embedding, "w"), axis=0),
+        "embedding.bias": total(get(embedding, "b")),
+        "final_norm.scale": get(norm, "scale")[0],
+        "final_norm.offset": get(norm, "offset")[0],
+        "head.weight": np.concatenate(get(head, "w"), axis=1).T,
+        "head.bias": np.concatenate(get(head, "b")),
     }
     for i in range(model.num_layers):
         layer, to = f"layer_{i}/~/", f"blocks.{i}."
         heads = {"query": "linear", "value": "linear_1", "key": "linear_2"}
         for name, module in heads.items():
             joined = np.concatenate(get(layer + module, "w"), axis=1)
-            result[to + name] = joined.T.reshape(n, h, d)
+            result[f"{to}attention.{name}.weight"] = joined.T.reshape(n, h, d)
         out = np.concatenate(get(layer + "linear_3", "w"), axis=0)
-        result[to + "attention_out"] = out.T.reshape(d, n, h)
-        result[to + "ff_in"] = np.concatenate(get(layer + "linear_4", "w"), axis=1).T
-        result[to + "ff_in_bias"] = np.concatenate(get(layer + "linear_4", "b"))
-        result[to + "ff_out"] = np.concatenate(get(layer + "linear_5", "w"), axis=0).T
-        result[to + "ff_out_bias"] = total(get(layer + "linear_5", "b"))
-        result[to + "norm_scale"] = get(layer + "replicated_layer_norm", "scale")[0]
-        result[to + "norm_offset"] = get(layer + "replicated_layer_norm", "offset")[0]
+        result[to + "attention.out.weight"] = out.T.reshape(d, n, h)
+        up = np.concatenate(get(layer + "linear_4", "w"), axis=1)
+        down = np.concatenate(get(layer + "linear_5", "w"), axis=0)
+        result[to + "feed_forward.up.weight"] = up.T
+        result[to + "feed_forward.up.bias"] = np.concatenate(get(layer + "linear_4", "b"))
+        result[to + "feed_forward.down.weight"] = down.T
+        result[to + "feed_forward.down.bias"] = total(get(layer + "linear_5", "b"))
+        result[to + "attention_norm.scale"] = get(layer + "replicated_layer_norm", "scale")[0]
+        result[to + "attention_norm.offset"] = get(layer + "replicated_layer_norm", "offset")[0]
     return result
 
 
@@ -198,15 +201,15 @@ def test_new_shards_are_as_the_original_leaves_them(tmp_path):
     assert again.sidecar is not None
     arrays = again.sidecar.arrays
     bias = leaf(trees, "layer_1/~/linear_5", "b")[0]
-    assert arrays["params.blocks.1.ff_out_bias"].tolist() == [(bias / 4).tolist()] * 4
+    assert arrays["params.blocks.1.feed_forward.down.bias"].tolist() == [(bias / 4).tolist()] * 4
     moment = leaf(trees, "layer_1/~/linear_5", "b", "nu")[0].tolist()
-    assert arrays["nu.blocks.1.ff_out_bias"].tolist() == [moment] * 4
+    assert arrays["nu.blocks.1.feed_forward.down.bias"].tolist() == [moment] * 4
     for group, fill in (("params", 1), ("mu", 0)):
-        scale = arrays[f"{group}.final_norm_scale"]
+        scale = arrays[f"{group}.final_norm.scale"]
         wanted = leaf(trees, "projection_shard/~/replicated_layer_norm", "scale", group)[0]
         assert scale[0].tolist() == wanted.tolist()
         assert (scale[1:] == fill).all()
-    assert (arrays["params.final_norm_offset"][1:] == 0).all()
+    assert (arrays["params.final_norm.offset"][1:] == 0).all()
     counts = {name: arrays[name].tolist() for name in ("step", "adam_count", "schedule_count")}
     assert counts == {"step": [7] * 4, "adam_count": [8] * 4, "schedule_count": [4] * 4}
     write_back(source, tmp_path / "later", 1, step=9, counts={})
@@ -237,7 +240,8 @@ def test_a_changed_tensor_is_not_taken_from_the_sidecar(tmp_path):
     changed = open_mtj(original.write(tmp_path / "changed", trees), model)
     target = write_back(changed, tmp_path / "out", 2, sidecar=source.sidecar)
     assert target.notes == [
-        "sidecar dropped where params.blocks.0.ff_out_bias and 1 other tensors have changed since"
+        "sidecar dropped where params.blocks.0.feed_forward.down.bias and 1 other tensors have "
+        "changed since"
     ]
     assert_same(read(open_mtj(tmp_path / "out")), read(changed))
 
@@ -271,9 +275,9 @@ def test_another_dtype_drops_the_sidecar(tmp_path):
 def test_a_model_without_an_embedding_bias_gets_one_of_zeros(tmp_path):
     model = small()
     source = open_mtj(original.write(tmp_path, make_trees(model, 2, np.float32)), model)
-    bare = dataclasses.replace(model, embedding_bias=False)
+    bare = with_embedding_bias(model, False)
     (tmp_path / "out").mkdir()
-    infos = {name: info for name, info in source.infos.items() if name != "embedding_bias"}
+    infos = {name: info for name, info in source.infos.items() if name != "embedding.bias"}
     target = MtjTarget(
         tmp_path / "out",
         model=bare,
@@ -290,7 +294,7 @@ def test_a_model_without_an_embedding_bias_gets_one_of_zeros(tmp_path):
         target.write("params", part)
     target.finish()
     assert target.model == model
-    bias = read(open_mtj(tmp_path / "out"))["embedding_bias"]
+    bias = read(open_mtj(tmp_path / "out"))["embedding.bias"]
     assert bias.tolist() == [0] * model.d_model
 
 
@@ -300,8 +304,8 @@ def test_a_model_without_an_embedding_bias_gets_one_of_zeros(tmp_path):
         {"step": np.zeros((2, 3), np.int32)},
         {"step": np.array([np.nan, 1], np.float32)},
         {"step": np.zeros(2, bool)},
-        {"params.final_norm_scale": np.zeros((2, 3), np.int32)},
-        {"params.final_norm_scale": np.zeros(2, np.float32)},
+        {"params.final_norm.scale": np.zeros((2, 3), np.int32)},
+        {"params.final_norm.scale": np.zeros(2, np.float32)},
     ],
     ids=["dims", "fraction", "bool", "integers", "vector"],
 )
@@ -367,7 +371,7 @@ def test_the_recorded_checkpoint():
     wanted = np.sum(np.stack(shares).astype(np.float64), axis=0).astype(np.float32)
     assert len({share.tobytes() for share in shares}) == 4
     part = next(iter(source.parts()))
-    assert part.read("embedding_bias").tobytes() == wanted.tobytes()
+    assert part.read("embedding.bias").tobytes() == wanted.tobytes()
 
 
 def test_the_recorded_checkpoint_there_and_back(tmp_path):

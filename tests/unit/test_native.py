@@ -26,9 +26,10 @@ from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.tree import cast_floating, to_named
 from meshlm.data.tokenizer import load_gpt2
+from meshlm.model.families import with_embedding_bias
 from meshlm.step import init_state
 
-CONFIG = dataclasses.replace(tiny.CONFIG, embedding_bias=True)
+CONFIG = with_embedding_bias(tiny.CONFIG)
 RECORD = to_json({"run": {"model": to_dict(CONFIG), "preset": "test"}, "options": {}})
 
 
@@ -109,8 +110,11 @@ def test_a_run_gives_its_newest_good_step_and_its_moments(tmp_path):
     assert_is(read_all(source, "mu"), arrays, "optimizer.adam.mu.")
     assert_is(read_all(source, "nu"), arrays, "optimizer.adam.nu.")
     part = next(source.parts("mu", [1]))
-    assert part.raw[2] == "mu/blocks.1.query"
-    assert part.read_raw("mu/blocks.1.query").tobytes() == part.read("blocks.1.query").tobytes()
+    assert part.raw[2] == "mu/blocks.1.attention.query.weight"
+    assert (
+        part.read_raw("mu/blocks.1.attention.query.weight").tobytes()
+        == part.read("blocks.1.attention.query.weight").tobytes()
+    )
 
 
 @pytest.mark.parametrize("moment", ["listed", "checked"])
@@ -211,12 +215,18 @@ def test_adams_own_count_goes_along(tmp_path):
 def test_layers_of_several_types_become_float32(tmp_path):
     source = open_native(save(tmp_path / "checkpoints", params_of("bfloat16")))
     infos = dict(source.infos)
-    wider = dataclasses.replace(infos["blocks.1.ff_in"], dtype=np.dtype(np.float32))
-    target = rewrite(tmp_path / "w", source, infos=infos | {"blocks.1.ff_in": wider})
-    assert target.notes == ["blocks.ff_in: its layers differ in type; stored as float32"]
+    wider = dataclasses.replace(
+        infos["blocks.1.feed_forward.up.weight"], dtype=np.dtype(np.float32)
+    )
+    target = rewrite(
+        tmp_path / "w", source, infos=infos | {"blocks.1.feed_forward.up.weight": wider}
+    )
+    assert target.notes == [
+        "blocks.feed_forward.up.weight: its layers differ in type; stored as float32"
+    ]
     found = open_source(tmp_path / "w").infos
-    assert found["blocks.0.ff_in"].dtype == np.float32
-    assert found["blocks.0.ff_out"].dtype == jnp.bfloat16
+    assert found["blocks.0.feed_forward.up.weight"].dtype == np.float32
+    assert found["blocks.0.feed_forward.down.weight"].dtype == jnp.bfloat16
 
 
 def damage_array(folder: Path, arrays):
@@ -227,16 +237,16 @@ def damage_array(folder: Path, arrays):
 DAMAGE = {
     "bytes": (lambda a: a, RECORD, damage_array, r"is damaged \(.*checksum is wrong"),
     "shape": (
-        lambda a: a | {"params.head": jnp.zeros((3, 4))},
+        lambda a: a | {"params.head.weight": jnp.zeros((3, 4))},
         RECORD,
         None,
-        r"array params\.head is float32\[3,4\] in it, and \[48, 24\]",
+        r"array params\.head\.weight is float32\[3,4\] in it, and \[48, 24\]",
     ),
     "missing": (
-        lambda a: {n: v for n, v in a.items() if n != "params.blocks.key"},
+        lambda a: {n: v for n, v in a.items() if n != "params.blocks.attention.key.weight"},
         RECORD,
         None,
-        r"array params\.blocks\.key is absent in it",
+        r"array params\.blocks\.attention\.key\.weight is absent in it",
     ),
     "unknown": (
         lambda a: a | {"params.blocks.gate": jnp.zeros((2, 4))},
@@ -245,10 +255,10 @@ DAMAGE = {
         r"array params\.blocks\.gate is none of its model's",
     ),
     "integers": (
-        lambda a: a | {"params.head_bias": jnp.zeros(48, jnp.int32)},
+        lambda a: a | {"params.head.bias": jnp.zeros(48, jnp.int32)},
         RECORD,
         None,
-        r"params\.head_bias is int32: weights are float32",
+        r"params\.head\.bias is int32: weights are float32",
     ),
     "no model": (lambda a: a, b"{}", None, "tells of no model"),
     "no JSON": (lambda a: a, b"\xff", None, "is not JSON"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshlm.core.errors import UsageError
 from meshlm.core.tree import count_elements, to_named
-from meshlm.model.params import decay_mask, shared_mask
+from meshlm.model.params import Weight, weight_tree
 from meshlm.optim import (
     OptimizerConfig,
     apply_updates,
@@ -109,8 +109,20 @@ def adamw(params, gradients, config, decayed):
     return params
 
 
-def run(params, gradients, config, mask):
-    optimizer = make_optimizer(config, mask, jax.tree.map(lambda _: False, mask))
+def declare(*, decay: bool = False, shared: bool = False, normed_last: bool = False) -> Weight:
+    return Weight(
+        shape=(),
+        dims=(),
+        decay=decay,
+        shared=shared,
+        normed_last=normed_last,
+        uses=frozenset(),
+        draw_name="",
+    )
+
+
+def run(params, gradients, config, weights):
+    optimizer = make_optimizer(config, weights)
 
     @jax.jit
     def step(params, state, grads, number):
@@ -147,8 +159,8 @@ def test_ten_steps_of_adamw(change):
         }
         for _ in range(10)
     ]
-    mask = {"matrix": True, "bias": False, "stacked_bias": False}
-    found = run(params, gradients, config, mask)
+    weights = {name: declare(decay=name == "matrix") for name in params}
+    found = run(params, gradients, config, weights)
     assert_trees_close(found, adamw(params, gradients, config, {"matrix"}), 1e-6)
 
 
@@ -165,9 +177,8 @@ def test_a_bias_in_shares_is_what_each_share_comes_to():
     of_shares = [{"matrix": g["matrix"], **dict.fromkeys(shares, g["bias"])} for g in gradients]
     wanted = adamw({"matrix": matrix, **shares}, of_shares, config, {"matrix"})
 
-    optimizer = make_optimizer(
-        config, {"matrix": True, "bias": False}, {"matrix": False, "bias": True}
-    )
+    weights = {"matrix": declare(decay=True), "bias": declare(shared=True)}
+    optimizer = make_optimizer(config, weights)
     params = {"matrix": jnp.float32(matrix), "bias": jnp.float32(whole)}
     state = optimizer.init(params)
     for number, grads in enumerate(gradients):
@@ -180,7 +191,7 @@ def test_a_bias_in_shares_is_what_each_share_comes_to():
 
 def test_the_norm_counts_a_bias_once_a_share():
     grads = {"matrix": jnp.full((2, 3), 2.0), "bias": jnp.full((3,), 3.0)}
-    shared = {"matrix": False, "bias": True}
+    shared = {"matrix": declare(), "bias": declare(shared=True)}
     config = dataclasses.replace(OPTIMIZER, bias_shares=5)
     assert float(gradient_norm(config, grads, shared)) == pytest.approx(np.sqrt(24 + 5 * 27))
     assert float(gradient_norm(OPTIMIZER, grads, shared)) == pytest.approx(np.sqrt(24 + 27))
@@ -190,7 +201,7 @@ def test_without_a_gradient_only_the_matrices_shrink():
     params = draw_params(CONFIG)
     zeros = jax.tree.map(jnp.zeros_like, params)
     config = dataclasses.replace(OPTIMIZER, warmup_steps=0, weight_decay=0.5)
-    after = to_named(run(params, [zeros], config, decay_mask(CONFIG)))
+    after = to_named(run(params, [zeros], config, weight_tree(CONFIG)))
     for name, before in to_named(params).items():
         is_matrix = not any(word in name for word in ("norm", "bias"))
         factor = 1 - 1e-2 * 0.5 if is_matrix else 1.0
@@ -201,8 +212,7 @@ def test_clipping_scales_all_tensors_by_one_factor():
     grads = {"a": jnp.full((9,), 3.0), "b": jnp.full((16,), 1.0)}  # norm sqrt(81 + 16)
     optimizer = make_optimizer(
         dataclasses.replace(OPTIMIZER, clip_norm=0.5),
-        {"a": True, "b": True},
-        {"a": False, "b": False},
+        {"a": declare(decay=True), "b": declare(decay=True)},
     )
     _, state = optimizer.update(grads, optimizer.init(grads), grads)
     # Adam's first moment after a step is a tenth of what it was given.
@@ -213,11 +223,11 @@ def test_clipping_scales_all_tensors_by_one_factor():
 
 def test_the_optimizers_state_has_names_for_checkpoints():
     params = draw_params(CONFIG)
-    state = make_optimizer(OPTIMIZER, decay_mask(CONFIG), shared_mask(CONFIG)).init(params)
+    state = make_optimizer(OPTIMIZER, weight_tree(CONFIG)).init(params)
     names = list(to_named(state))
     assert "adam.count" in names
-    assert "adam.mu.blocks.query" in names
-    assert "adam.nu.embedding" in names
+    assert "adam.mu.blocks.attention.query.weight" in names
+    assert "adam.nu.embedding.tokens" in names
     assert len(names) == 1 + 2 * 15
 
 
@@ -266,16 +276,16 @@ def test_ten_steps_of_adafactor(clip_norm):
         }
         for _ in range(10)
     ]
-    mask = {name: len(shape) > 1 for name, shape in shapes.items()}
-    found = run(params, gradients, config, mask)
+    weights = {name: declare(decay=len(shape) > 1) for name, shape in shapes.items()}
+    found = run(params, gradients, config, weights)
     assert_trees_close(found, adafactor(params, gradients, config, {"wide", "stack"}), 1e-6)
 
 
 def test_adafactor_keeps_little():
     large = {"matrix": jax.ShapeDtypeStruct((24, 4096, 1024), jnp.float32)}
-    mask = {"matrix": True}
+    weights = {"matrix": declare(decay=True)}
     config = dataclasses.replace(OPTIMIZER, name="adafactor")
-    state = jax.eval_shape(make_optimizer(config, mask, mask).init, large)
+    state = jax.eval_shape(make_optimizer(config, weights).init, large)
     names = to_named(state)
     assert "adafactor.v_row.matrix" in names
     assert "adafactor.v_col.matrix" in names

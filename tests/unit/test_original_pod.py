@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from meshlm.core.sharding import use_mesh
-from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j, with_embedding_bias
 from meshlm.model.params import Params
 from meshlm.optim import OptimizerConfig
 from meshlm.step import StepBatch, StepConfig, loss_and_grads
@@ -62,7 +62,7 @@ def read_state(step: int, like: Any) -> Any:
 def recorded_config(dtype: str) -> Any:
     config = json.loads((RECORDING / "config.json").read_text())
     d_model, heads = config["d_model"], config["n_heads"]
-    model = ModelConfig(
+    model = gpt_j(
         num_layers=config["layers"],
         d_model=d_model,
         num_heads=heads,
@@ -128,7 +128,7 @@ def test_it_trains_as_the_original_did():
 
 # The same weights and tokens by MeshLM's own step.
 
-MODEL = dataclasses.replace(DIVISIBLE, num_layers=2, embedding_bias=True)
+MODEL = with_embedding_bias(dataclasses.replace(DIVISIBLE, num_layers=2))
 PARTS, LENGTH = 2, 12
 
 
@@ -159,27 +159,31 @@ def split(params: Params, shards: int, share: float, norms: float) -> Any:
     heads = MODEL.num_heads * MODEL.head_dim
     tree: dict[str, Any] = {
         "embedding": {
-            "w": np.asarray(params.embedding).reshape(shards, -1, MODEL.d_model),
-            "b": shared(params.embedding_bias),
+            "w": np.asarray(params.embedding.tokens).reshape(shards, -1, MODEL.d_model),
+            "b": shared(params.embedding.bias),
         },
         "projection": {
-            "linear": {"w": rows(params.head, MODEL.vocab_size), "b": parts(params.head_bias)},
+            "linear": {
+                "w": rows(params.head.weight, MODEL.vocab_size),
+                "b": parts(params.head.bias),
+            },
             "norm": {
-                "scale": first(params.final_norm_scale),
-                "offset": first(params.final_norm_offset),
+                "scale": first(params.final_norm.scale),
+                "offset": first(params.final_norm.offset),
             },
         },
     }
     for i in range(MODEL.num_layers):
         block = jax.tree.map(lambda x, i=i: x[i], params.blocks)
+        norm, up, down = block.attention_norm, block.feed_forward.up, block.feed_forward.down
         tree[f"layer_{i}"] = {
-            "linear": {"w": rows(block.query, heads)},
-            "linear_1": {"w": rows(block.value, heads)},
-            "linear_2": {"w": rows(block.key, heads)},
-            "linear_3": {"w": columns(block.attention_out)},
-            "linear_4": {"w": rows(block.ff_in, MODEL.d_ff), "b": parts(block.ff_in_bias)},
-            "linear_5": {"w": columns(block.ff_out), "b": shared(block.ff_out_bias)},
-            "norm": {"scale": first(block.norm_scale), "offset": first(block.norm_offset)},
+            "linear": {"w": rows(block.attention.query.weight, heads)},
+            "linear_1": {"w": rows(block.attention.value.weight, heads)},
+            "linear_2": {"w": rows(block.attention.key.weight, heads)},
+            "linear_3": {"w": columns(block.attention.out.weight)},
+            "linear_4": {"w": rows(up.weight, MODEL.d_ff), "b": parts(up.bias)},
+            "linear_5": {"w": columns(down.weight), "b": shared(down.bias)},
+            "norm": {"scale": first(norm.scale), "offset": first(norm.offset)},
         }
     return tree
 

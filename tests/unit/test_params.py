@@ -13,32 +13,34 @@ import pytest
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.core.tree import to_named
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.model.params import (
     abstract_params,
     check_divides,
     count_params,
-    decay_mask,
-    describe,
     init_params,
     unstack_blocks,
+    weight_table,
+    weight_tree,
 )
+from meshlm.model.presets import PRESETS
 from tiny import CONFIG, DIVISIBLE, assert_trees_identical, draw_params, mesh_of
 
 MATRICES = {
-    "embedding",
-    "head",
-    "blocks.query",
-    "blocks.key",
-    "blocks.value",
-    "blocks.attention_out",
-    "blocks.ff_in",
-    "blocks.ff_out",
+    "embedding.tokens",
+    "head.weight",
+    "blocks.attention.query.weight",
+    "blocks.attention.key.weight",
+    "blocks.attention.value.weight",
+    "blocks.attention.out.weight",
+    "blocks.feed_forward.up.weight",
+    "blocks.feed_forward.down.weight",
 }
-SCALES = {"blocks.norm_scale", "final_norm_scale"}
+SCALES = {"blocks.attention_norm.scale", "final_norm.scale"}
 # Of a normal cut at two sigma: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)).
 CUT_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
-WIDE = ModelConfig(
+WIDE = gpt_j(
     num_layers=8,
     d_model=64,
     num_heads=4,
@@ -66,8 +68,8 @@ def wanted_sigma(config: ModelConfig) -> dict[str, float]:
     read = 1 / math.sqrt(config.d_model)
     write = 2 / config.num_layers / math.sqrt(config.d_model)
     sigma = dict.fromkeys(MATRICES, read)
-    sigma |= {"blocks.attention_out": write, "blocks.ff_out": write}
-    return sigma | {"embedding": 1 / math.sqrt(config.vocab_size)}
+    sigma |= {"blocks.attention.out.weight": write, "blocks.feed_forward.down.weight": write}
+    return sigma | {"embedding.tokens": 1 / math.sqrt(config.vocab_size)}
 
 
 def test_the_cut_normal():
@@ -84,9 +86,12 @@ def test_matrices_are_drawn_from_a_normal_cut_at_two_sigma(drawn, name):
 
 
 def test_gpt_j_6b_is_drawn_as_the_original():
-    found = to_named(jax.tree.map(lambda weight: weight.std, describe(PRESETS["gpt-j-6b"])))
-    published = dict.fromkeys(MATRICES, 0.015625) | {"embedding": 0.004454}
-    published |= {"blocks.attention_out": 0.001116, "blocks.ff_out": 0.001116}
+    found = to_named(jax.tree.map(lambda weight: weight.std, weight_tree(PRESETS["gpt-j-6b"])))
+    published = dict.fromkeys(MATRICES, 0.015625) | {"embedding.tokens": 0.004454}
+    published |= {
+        "blocks.attention.out.weight": 0.001116,
+        "blocks.feed_forward.down.weight": 0.001116,
+    }
     assert {name: round(std, 6) for name, std in found.items() if std} == published
 
 
@@ -97,13 +102,21 @@ def test_norms_start_at_one_and_biases_at_zero(drawn):
 
 def test_no_two_weights_or_layers_are_drawn_alike(drawn):
     layers = [
-        drawn[name][i] for name in ("blocks.query", "blocks.key", "blocks.value") for i in (0, 7)
+        drawn[name][i]
+        for name in (
+            "blocks.attention.query.weight",
+            "blocks.attention.key.weight",
+            "blocks.attention.value.weight",
+        )
+        for i in (0, 7)
     ]
     rows = np.stack([layer.ravel() for layer in layers])
     correlation = np.corrcoef(rows) - np.eye(len(rows))
     assert np.abs(correlation).max() < 0.1
     again = to_named(compiled_init(WIDE)(4))
-    assert abs(np.corrcoef(np.ravel(again["head"]), drawn["head"].ravel())[0, 1]) < 0.05
+    assert (
+        abs(np.corrcoef(np.ravel(again["head.weight"]), drawn["head.weight"].ravel())[0, 1]) < 0.05
+    )
 
 
 def test_every_mesh_draws_the_same():
@@ -118,14 +131,14 @@ def test_every_mesh_draws_the_same():
     wanted = to_named(abstract_params(DIVISIBLE, mesh))
     for name, value in to_named(split).items():
         assert value.sharding.is_equivalent_to(wanted[name].sharding, value.ndim), name
-    shard = split.blocks.ff_in.addressable_shards[0].data
-    assert 4 * shard.size == split.blocks.ff_in.size
+    shard = split.blocks.feed_forward.up.weight.addressable_shards[0].data
+    assert 4 * shard.size == split.blocks.feed_forward.up.weight.size
 
 
 def test_decay_pulls_on_matrices_only():
-    assert {name for name, pulled in to_named(decay_mask(CONFIG)).items() if pulled} == MATRICES
+    assert {name for name, weight in weight_table(CONFIG).items() if weight.decay} == MATRICES
     # A stacked bias has two dims and is no matrix.
-    assert describe(CONFIG).blocks.ff_in_bias.shape == (2, 40)
+    assert weight_tree(CONFIG).blocks.feed_forward.up.bias.shape == (2, 40)
 
 
 def test_shapes_come_without_memory():

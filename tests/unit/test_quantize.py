@@ -14,7 +14,7 @@ from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.core.tree import count_bytes, to_named
 from meshlm.generation import DecodeModel, Scorer
-from meshlm.model.params import PRODUCT_WEIGHTS, unstack_blocks
+from meshlm.model.params import unstack_blocks
 from meshlm.model.quantize import quantise_params
 from meshlm.ops.attention import attend
 from meshlm.ops.cpu import streamed
@@ -189,13 +189,17 @@ def test_kernels_attention_to_a_cache_is_the_plain_one(head_dim, dtype):
 
 def test_only_matrices_of_products_are_in_int8():
     params = draw_params(CONFIG)
-    found = to_named(quantise_params(unstack_blocks(params)))
+    found = to_named(quantise_params(CONFIG, unstack_blocks(params)))
+    matrices = ("attention", "feed_forward", "head")
     for name, array in found.items():
-        is_matrix = any(part in PRODUCT_WEIGHTS for part in name.split("."))
+        is_matrix = any(part in matrices for part in name.split("."))
         assert (array.dtype == jnp.int8) == (is_matrix and name.endswith("values")), name
-    attention_out = found["blocks.0.attention_out.scale"]
+    attention_out = found["blocks.0.attention.out.weight.scale"]
     assert attention_out.shape == (CONFIG.d_model,)
-    assert found["blocks.0.query.scale"].shape == (CONFIG.num_heads, CONFIG.head_dim)
+    assert found["blocks.0.attention.query.weight.scale"].shape == (
+        CONFIG.num_heads,
+        CONFIG.head_dim,
+    )
 
 
 def models() -> tuple[DecodeModel, DecodeModel]:
@@ -203,7 +207,7 @@ def models() -> tuple[DecodeModel, DecodeModel]:
     params = unstack_blocks(draw_params(CONFIG))
     own, in_int8 = (
         DecodeModel.prepare(weights, CONFIG, F32, allowed_vocab=CONFIG.vocab_size)
-        for weights in (params, quantise_params(params))
+        for weights in (params, quantise_params(CONFIG, params))
     )
     return own, in_int8
 
@@ -217,7 +221,7 @@ def test_logits_in_int8_are_near_those_of_float32():
 
 def test_logits_are_those_of_the_weights_that_int8_stands_for():
     # With the weights' rounding in both, what is left is that of the activations.
-    params = quantise_params(unstack_blocks(draw_params(CONFIG)))
+    params = quantise_params(CONFIG, unstack_blocks(draw_params(CONFIG)))
     rounded = jax.tree.map(
         lambda w: w.to_array() if isinstance(w, Matrix) else w,
         params,
@@ -244,7 +248,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
 
 def test_a_model_loaded_in_int8_generates_and_scores(checkpoint):
     own, in_int8 = meshlm.load(checkpoint), meshlm.load(checkpoint, quantize="int8")
-    assert isinstance(in_int8.params.blocks[1].ff_out, Int8)
+    assert isinstance(in_int8.params.blocks[1].feed_forward.down.weight, Int8)
     matrices = count_bytes(own.params.blocks)
     assert count_bytes(in_int8.params.blocks) < 0.35 * matrices
     tokens = [[1, 2, 3, 4, 5]]

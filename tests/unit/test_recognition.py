@@ -23,9 +23,9 @@ from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer
 from meshlm.formats.safetensors import to_bytes
-from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 
-MODEL = ModelConfig(
+MODEL = gpt_j(
     num_layers=2,
     d_model=12,
     num_heads=2,

@@ -20,6 +20,8 @@ from meshlm.conversion.source import Part
 from meshlm.conversion.table import native_names, part_keys, stacked_name
 from meshlm.core.tree import from_named, to_named
 from meshlm.formats.tensor import TensorInfo
+from meshlm.model.families import with_embedding_bias
+from meshlm.model.params import Embedding
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/mtj/dev_s4_distinct"
 TOLERANCE = 2e-6
@@ -53,31 +55,32 @@ def parts_of(config, params, dtype="float32"):
 def hf_part(part: Part) -> DictPart:
     """The same part as transformers has it; its names written out once more, by hand."""
     if part.key == "embedding":
-        return DictPart(part.key, {"transformer.wte.weight": part.read("embedding")})
+        return DictPart(part.key, {"transformer.wte.weight": part.read("embedding.tokens")})
     if part.key == "head":
         names = {
-            "transformer.ln_f.weight": "final_norm_scale",
-            "transformer.ln_f.bias": "final_norm_offset",
-            "lm_head.weight": "head",
-            "lm_head.bias": "head_bias",
+            "transformer.ln_f.weight": "final_norm.scale",
+            "transformer.ln_f.bias": "final_norm.offset",
+            "lm_head.weight": "head.weight",
+            "lm_head.bias": "head.bias",
         }
         return DictPart(part.key, {hf: part.read(own) for hf, own in names.items()})
     width = tiny.CONFIG.d_model
+    attention = f"blocks.{part.key}.attention"
     module = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     arrays = {
-        f"attn.{hf}.weight": part.read(f"blocks.{part.key}.{own}").reshape(-1, width)
+        f"attn.{hf}.weight": part.read(f"{attention}.{own}.weight").reshape(-1, width)
         for own, hf in module.items()
     }
     rest = {
-        "ln_1.weight": "norm_scale",
-        "ln_1.bias": "norm_offset",
-        "mlp.fc_in.weight": "ff_in",
-        "mlp.fc_in.bias": "ff_in_bias",
-        "mlp.fc_out.weight": "ff_out",
-        "mlp.fc_out.bias": "ff_out_bias",
+        "ln_1.weight": "attention_norm.scale",
+        "ln_1.bias": "attention_norm.offset",
+        "mlp.fc_in.weight": "feed_forward.up.weight",
+        "mlp.fc_in.bias": "feed_forward.up.bias",
+        "mlp.fc_out.weight": "feed_forward.down.weight",
+        "mlp.fc_out.bias": "feed_forward.down.bias",
     }
     arrays |= {hf: part.read(f"blocks.{part.key}.{own}") for hf, own in rest.items()}
-    out = part.read(f"blocks.{part.key}.attention_out").reshape(width, -1)
+    out = part.read(f"blocks.{part.key}.attention.out.weight").reshape(width, -1)
     arrays["attn.out_proj.weight"] = out
     return DictPart(part.key, {f"transformer.h.{part.key}.{n}": a for n, a in arrays.items()})
 
@@ -90,10 +93,10 @@ def run(forward, parts):
 
 def float64_logits(config, params, tokens):
     """The oracle has no embedding bias: it is added to the table."""
-    table = np.asarray(params.embedding, np.float64)
-    if params.embedding_bias is not None:
-        table = table + np.asarray(params.embedding_bias, np.float64)
-    params = dataclasses.replace(params, embedding=table, embedding_bias=None)
+    table = np.asarray(params.embedding.tokens, np.float64)
+    if params.embedding.bias is not None:
+        table = table + np.asarray(params.embedding.bias, np.float64)
+    params = dataclasses.replace(params, embedding=Embedding(tokens=table))
     return gptj_float64.forward(params, config, np.asarray(tokens)[None])[0]
 
 
@@ -102,7 +105,7 @@ TOKENS = [3, 0, 47, 11, 11, 29, 1, 30, 8, 15]
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_own_weights_agree_with_float64(bias):
-    config = dataclasses.replace(tiny.CONFIG, embedding_bias=bias)
+    config = with_embedding_bias(tiny.CONFIG, bias)
     params = tiny.draw_params(config)
     wanted = float64_logits(config, params, TOKENS)
     for forward in (

@@ -110,7 +110,9 @@ def test_weights_that_are_not_numbers_are_named(tmp_path):
     leaf[2, 1] = np.nan
     source = open_source(write(tmp_path / "theirs", trees))
     with pytest.raises(
-        BadInputError, match=r"blocks\.1\.ff_out .*: 1 NaN of 1,024 numbers, the first at \[1, 2\]"
+        BadInputError,
+        match=r"blocks\.1\.feed_forward\.down\.weight .*: 1 NaN of 1,024 numbers, "
+        r"the first at \[1, 2\]",
     ):
         convert(source, tmp_path / "ours", to="meshlm")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -8,7 +8,7 @@ import pytest
 
 from meshlm.core.config import to_dict
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.model.config import PRESETS
+from meshlm.model.presets import PRESETS
 from meshlm.training.settings import expand, read_settings
 
 

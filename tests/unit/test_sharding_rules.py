@@ -14,40 +14,40 @@ from meshlm.core import sharding
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig, make_mesh, partition, reshard, spec
 from meshlm.core.tree import to_named
-from meshlm.model.params import describe
+from meshlm.model.params import weight_tree
 from tiny import CONFIG, mesh_of
 
 P = PartitionSpec
 EVERY = {"replica": 2, "data": 2, "model": 2}
 # The whole split of the model, by hand. A leading None is the dim of the layers.
 WEIGHTS = {
-    "embedding": P(None, ("model", "data")),
-    "blocks.norm_scale": P(None, None),
-    "blocks.norm_offset": P(None, None),
-    "blocks.query": P(None, "model", None, "data"),
-    "blocks.key": P(None, "model", None, "data"),
-    "blocks.value": P(None, "model", None, "data"),
-    "blocks.attention_out": P(None, "data", "model", None),
-    "blocks.ff_in": P(None, "model", "data"),
-    "blocks.ff_in_bias": P(None, "model"),
-    "blocks.ff_out": P(None, "data", "model"),
-    "blocks.ff_out_bias": P(None, None),
-    "final_norm_scale": P(None),
-    "final_norm_offset": P(None),
-    "head": P("model", "data"),
-    "head_bias": P("model"),
+    "embedding.tokens": P(None, ("model", "data")),
+    "blocks.attention_norm.scale": P(None, None),
+    "blocks.attention_norm.offset": P(None, None),
+    "blocks.attention.query.weight": P(None, "model", None, "data"),
+    "blocks.attention.key.weight": P(None, "model", None, "data"),
+    "blocks.attention.value.weight": P(None, "model", None, "data"),
+    "blocks.attention.out.weight": P(None, "data", "model", None),
+    "blocks.feed_forward.up.weight": P(None, "model", "data"),
+    "blocks.feed_forward.up.bias": P(None, "model"),
+    "blocks.feed_forward.down.weight": P(None, "data", "model"),
+    "blocks.feed_forward.down.bias": P(None, None),
+    "final_norm.scale": P(None),
+    "final_norm.offset": P(None),
+    "head.weight": P("model", "data"),
+    "head.bias": P("model"),
 }
 
 
 def test_how_each_weight_is_split():
     found = {
-        name: partition(*w.dims, sizes=EVERY) for name, w in to_named(describe(CONFIG)).items()
+        name: partition(*w.dims, sizes=EVERY) for name, w in to_named(weight_tree(CONFIG)).items()
     }
     assert found == WEIGHTS
 
 
 def test_every_matrix_is_split_over_both_axes_and_none_over_replica():
-    for name, weight in to_named(describe(CONFIG)).items():
+    for name, weight in to_named(weight_tree(CONFIG)).items():
         axes = str(partition(*weight.dims, sizes=EVERY))
         assert "replica" not in axes, name
         if weight.decay:
@@ -56,7 +56,7 @@ def test_every_matrix_is_split_over_both_axes_and_none_over_replica():
 
 
 def test_every_dim_of_a_weight_is_in_the_table_or_whole_on_purpose():
-    dims = {dim for w in jax.tree.leaves(describe(CONFIG)) for dim in w.dims if dim}
+    dims = {dim for w in jax.tree.leaves(weight_tree(CONFIG)) for dim in w.dims if dim}
     assert dims - {f.name for f in dataclasses.fields(sharding.Rules)} == {"layers"}
 
 
@@ -182,7 +182,7 @@ def test_counts():
 @pytest.mark.parametrize("name", sharding.RULES)
 def test_rules_never_give_two_dims_of_a_weight_the_same_axis(name):
     with sharding.use_rules(sharding.RULES[name]):
-        for weight in jax.tree.leaves(describe(CONFIG)):
+        for weight in jax.tree.leaves(weight_tree(CONFIG)):
             partition(*weight.dims, sizes=EVERY)
             partition("batch", *weight.dims, sizes=EVERY, gathered=True)
 

@@ -194,7 +194,7 @@ def test_a_loss_that_is_no_number_changes_nothing(accumulate):
     assert np.isfinite(metrics.loss)
     assert (int(metrics.skipped), int(metrics.skipped_in_a_row)) == (2, 0)
     assert int(state.optimizer["adam"].count) == 2
-    assert host(state)["params.head"].tobytes() != before["params.head"].tobytes()
+    assert host(state)["params.head.weight"].tobytes() != before["params.head.weight"].tobytes()
 
 
 def filled(losses) -> jax.Array:
@@ -219,7 +219,7 @@ def test_a_loss_far_above_the_last_ones_changes_nothing(count, shift, is_skipped
     state, metrics = train_step(config)(state, BATCH)
     assert int(metrics.skipped) == is_skipped
     after = host(state)
-    kept = after["params.head"].tobytes() == before["params.head"].tobytes()
+    kept = after["params.head.weight"].tobytes() == before["params.head.weight"].tobytes()
     assert kept == is_skipped
     wanted = before["recent_losses"]
     wanted[130 % SPIKE_WINDOW] = metrics.loss
@@ -251,7 +251,8 @@ def test_what_is_a_spike(losses, loss, sigmas):
 def test_a_gradient_that_overflows_changes_nothing_though_the_loss_is_finite():
     config = step_config(optimizer=AT_ONCE)
     state = fresh_state(config)
-    huge = dataclasses.replace(state.params, head=1e25 * state.params.head)
+    large = dataclasses.replace(state.params.head, weight=1e25 * state.params.head.weight)
+    huge = dataclasses.replace(state.params, head=large)
     state = dataclasses.replace(state, params=huge)
     before = host(state)
     state, metrics = train_step(config)(state, BATCH)
@@ -297,7 +298,7 @@ def test_the_initial_state():
     config = step_config()
     first, again, other = (compiled_init(config)(seed) for seed in (1, 1, 2))
     assert_trees_identical(first, again)
-    assert (np.asarray(first.params.head) != np.asarray(other.params.head)).any()
+    assert (np.asarray(first.params.head.weight) != np.asarray(other.params.head.weight)).any()
     assert int(first.step) == int(first.skipped) == int(first.skipped_in_a_row) == 0
     moments = (first.optimizer["adam"].mu, first.optimizer["adam"].nu)
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(moments))

@@ -13,7 +13,7 @@ import pytest
 from meshlm.core.config import from_dict, to_dict, to_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.sharding import MeshConfig, make_mesh
-from meshlm.model.config import PRESETS
+from meshlm.model.presets import PRESETS
 from meshlm.planning.memory import least_memory
 from meshlm.training import loop, start
 from meshlm.training.config import (

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptj_float64
-from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
+from meshlm.model.params import Embedding
 from meshlm.model.transformer import Compute, forward, hidden_states, unembed
 from meshlm.step import loss_and_grads
 from tiny import (
@@ -49,7 +50,7 @@ def logits_of(config, params, tokens, compute=F32, segments=None):
 def test_the_logits_of_any_shape(
     layers, d_model, heads, head_dim, half_rotary, d_ff, vocab, length
 ):
-    config = ModelConfig(
+    config = gpt_j(
         num_layers=layers,
         d_model=d_model,
         num_heads=heads,
@@ -119,14 +120,15 @@ def test_the_gradient_shows_what_each_logit_depends_on(compute, segments):
 
     @jax.jit
     def jacobian(table):
-        with_table = dataclasses.replace(params, embedding=table)
+        with_table = dataclasses.replace(params, embedding=Embedding(tokens=table))
         return jax.jacrev(
             lambda p: forward(p, SMALL, tokens, compute, ids)[0].sum(-1)  # over V
-        )(with_table).embedding
+        )(with_table).embedding.tokens
 
     weights = np.random.default_rng(0).standard_normal(SMALL.vocab_size)
-    params = dataclasses.replace(params, head=params.head * weights[:, None].astype(np.float32))
-    by_row = np.asarray(jacobian(params.embedding), np.float64)[:, np.asarray(tokens)[0]]
+    scaled = params.head.weight * weights[:, None].astype(np.float32)
+    params = dataclasses.replace(params, head=dataclasses.replace(params.head, weight=scaled))
+    by_row = np.asarray(jacobian(params.embedding.tokens), np.float64)[:, np.asarray(tokens)[0]]
     depends = np.abs(by_row).max(-1) > 0
     np.testing.assert_array_equal(depends, gptj_float64.causal(1, length, segments)[0])
 
@@ -171,7 +173,7 @@ def test_bfloat16_agrees_with_float32_to_its_own_precision(plain, remat, scan):
     assert float(loss) == pytest.approx(float(plain[0]), rel=5e-3)
     assert_trees_close(grads, plain[1], 3e-2)
     # And it does compute in bfloat16, while gradients keep the weights' type.
-    assert relative_l2(grads.head, plain[1].head) > 1e-4
+    assert relative_l2(grads.head.weight, plain[1].head.weight) > 1e-4
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -179,14 +181,14 @@ def test_the_residual_and_the_norms_are_float32_under_bfloat16():
     """Embeddings of 1 + 2^-12: bfloat16 would round them to 1, and the norm to nothing."""
     tokens = draw_tokens(CONFIG, 1, 4)
     silent = jax.tree.map(jnp.zeros_like, PARAMS.blocks)
-    table = 1 + 2.0**-12 * PARAMS.embedding
-    params = dataclasses.replace(PARAMS, blocks=silent, embedding=table)
+    table = 1 + 2.0**-12 * PARAMS.embedding.tokens
+    params = dataclasses.replace(PARAMS, blocks=silent, embedding=Embedding(tokens=table))
     bf16 = Compute(dtype="bfloat16")
     found = jax.jit(lambda p: hidden_states(p, CONFIG, tokens, bf16))(params)
     wanted = gptj_float64.layer_norm(
         np.asarray(table, np.float64)[np.asarray(tokens)],
-        np.asarray(params.final_norm_scale),
-        np.asarray(params.final_norm_offset),
+        np.asarray(params.final_norm.scale),
+        np.asarray(params.final_norm.offset),
         CONFIG.layer_norm_epsilon,
     )
     assert found.dtype == jnp.float32
@@ -196,8 +198,8 @@ def test_the_residual_and_the_norms_are_float32_under_bfloat16():
 def test_logits_are_the_heads_product_with_the_hidden_states():
     tokens = draw_tokens(CONFIG, 2, 5)
     hidden = hidden_states(PARAMS, CONFIG, tokens, F32)
-    wanted = np.asarray(hidden, np.float64) @ np.asarray(PARAMS.head).T
-    wanted += np.asarray(PARAMS.head_bias)
+    wanted = np.asarray(hidden, np.float64) @ np.asarray(PARAMS.head.weight).T
+    wanted += np.asarray(PARAMS.head.bias)
     assert relative_max(unembed(PARAMS, hidden, F32), wanted) < 1e-6
 
 

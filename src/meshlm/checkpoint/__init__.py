@@ -1,6 +1,6 @@
 """Checkpoints: saved in the background, whole or absent, checked before use, on any mesh.
 
-A folder of checkpoints holds one folder per step. Format version 1:
+A folder of checkpoints holds one folder per step. Format version 2:
 
     checkpoints/step_200/
       manifest.json     what is here: version, step, arrays (shape, dtype), files (bytes, sha256)
@@ -24,7 +24,8 @@ another step N is. A file or link under a step's name is moved there too, and on
 `aside` becomes `aside.1`: neither keeps a step from being saved, and no link's target is touched.
 
 `manifest.json` is canonical JSON (sorted keys, indent 1) with its own SHA-256 under `sha256`, taken
-over the same JSON without that key. A version above this one's is refused.
+over the same JSON without that key. A version above this one's is refused. In version 1 the arrays
+have other names (`format_1.py`); it is read under those of today.
 
 Arrays that the caller marks as stacked are `[L, ...]` and no chunk of them spans two layers, so one
 layer can be read or written alone; an array that is not sharded has exactly one chunk a layer.

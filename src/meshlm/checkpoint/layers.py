@@ -6,6 +6,7 @@ the numbers is its own; then each is replaced by the array of the full shape, a 
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,7 +75,9 @@ class LayerReader:
     def _open(self, name: str) -> Any:
         if name not in self._opened:
             info = self._manifest.arrays[name]
-            stored = ts.open(_spec(self._folder / ARRAYS_NAME, name)).result()
+            stored = ts.open(
+                _spec(self._folder / ARRAYS_NAME, self._manifest.stored_name(name))
+            ).result()
             found = ArrayInfo(shape=tuple(stored.shape), dtype=stored.dtype.name)
             if found != info:
                 raise ValueError(f"it is {found}, and {info} in {MANIFEST_NAME}")
@@ -178,9 +181,7 @@ def add_file(step_folder: Path, name: str, data: bytes) -> None:
     info: FileInfo = hash_bytes(data)
     write_new(step_folder / name, data)
     files = {**manifest.files, name: info}
-    whole = Manifest(
-        step=manifest.step, versions=manifest.versions, arrays=manifest.arrays, files=files
-    )
+    whole = dataclasses.replace(manifest, files=files)
     (step_folder / MANIFEST_NAME).unlink()
     write_new(step_folder / MANIFEST_NAME, whole.to_json())
     sync_folder(step_folder)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from meshlm.checkpoint import format_1
 from meshlm.checkpoint.folder import ARRAYS_NAME, MANIFEST_NAME, reading
 from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.files import is_litter, open_plain, read, sync_folder
 
 FORMAT_NAME = "meshlm-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What Orbax and TensorStore look for by name. They follow names from one file to the next and read
 # no others: what has another name changes no number. tests/unit/test_stray_files.py tries it.
@@ -58,17 +59,23 @@ class Manifest:
     step: int
     versions: Mapping[str, str]
     arrays: Mapping[str, ArrayInfo]
+    """By the names of today's format, whatever the version."""
     files: Mapping[str, FileInfo]
+    format_version: int = FORMAT_VERSION
+
+    def stored_name(self, name: str) -> str:
+        """Returns the name under which the checkpoint's files have an array."""
+        return format_1.to_format_1(name) if self.format_version == 1 else name
 
     def to_json(self) -> bytes:
         """The canonical bytes of `manifest.json`, its own checksum included."""
         content = {
             "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
+            "version": self.format_version,
             "step": self.step,
             "versions": dict(self.versions),
             "arrays": {
-                name: {"shape": list(info.shape), "dtype": info.dtype}
+                self.stored_name(name): {"shape": list(info.shape), "dtype": info.dtype}
                 for name, info in self.arrays.items()
             },
             "files": {
@@ -310,20 +317,24 @@ def _unseal(data: bytes) -> dict[str, Any] | None:
 
 
 def _from_content(content: Mapping[str, Any]) -> Manifest:
+    version = content["version"]
     try:
         return Manifest(
             step=int(content["step"]),
             versions={str(k): str(v) for k, v in content["versions"].items()},
             arrays={
-                name: ArrayInfo(shape=tuple(map(int, a["shape"])), dtype=str(a["dtype"]))
+                format_1.to_current(name) if version == 1 else name: ArrayInfo(
+                    shape=tuple(map(int, a["shape"])), dtype=str(a["dtype"])
+                )
                 for name, a in content["arrays"].items()
             },
             files={
                 name: FileInfo(num_bytes=int(f["bytes"]), sha256=str(f["sha256"]))
                 for name, f in content["files"].items()
             },
+            format_version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInputError(
-            f"checkpoint: {MANIFEST_NAME} is not of format version {content['version']}: {error}"
+            f"checkpoint: {MANIFEST_NAME} is not of format version {version}: {error}"
         ) from None

@@ -51,7 +51,8 @@ def restore(
     (naming the first array that does).
     """
     step_folder = step_folder.absolute()
-    _refuse_difference(step_folder, read_manifest(step_folder).arrays, abstract, subset)
+    manifest = read_manifest(step_folder)
+    _refuse_difference(step_folder, manifest.arrays, abstract, subset)
     with reading(step_folder):
         if check:
             _refuse_damage(step_folder, find_damage(step_folder))
@@ -59,11 +60,12 @@ def restore(
         context.pytree.loading.partial_load = subset
         try:
             with context:
-                loaded = ocp.load(str(step_folder / ARRAYS_NAME), _with_shardings(abstract))
+                stored = {manifest.stored_name(n): x for n, x in _with_shardings(abstract).items()}
+                loaded = ocp.load(str(step_folder / ARRAYS_NAME), stored)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BadInputError(f"checkpoint {step_folder} cannot be read: {reason}") from error
-    return {name: loaded[name] for name in abstract}
+    return {name: loaded[manifest.stored_name(name)] for name in abstract}
 
 
 def latest_good(folder: Path) -> Path | None:

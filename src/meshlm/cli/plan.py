@@ -20,7 +20,8 @@ from meshlm.core.sharding import (
     use_rules,
 )
 from meshlm.model.compute import Compute, ReduceDtype, Remat, choose_compute
-from meshlm.model.config import ModelConfig, find_preset
+from meshlm.model.config import ModelConfig
+from meshlm.model.presets import find_preset
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
 from meshlm.planning.plan import Plan, make_plan

@@ -102,7 +102,7 @@ class _Plan:
         rounds = any(
             infos[name].dtype not in (_FLOAT32, info.dtype) for name, info in source.infos.items()
         )
-        folds = to == "hf" and source.model.embedding_bias
+        folds = to == "hf" and source.model.has_bias("embedding")
         if rounds and len(groups) > 1:
             groups = ("params",)
             notes.append(
@@ -110,8 +110,8 @@ class _Plan:
             )
         if folds and dtype is None:
             # So the table that it is added to becomes float32, and nothing is rounded.
-            info = infos["embedding_bias"]
-            infos["embedding_bias"] = dataclasses.replace(info, dtype=_FLOAT32)
+            info = infos["embedding.bias"]
+            infos["embedding.bias"] = dataclasses.replace(info, dtype=_FLOAT32)
         is_lossy = rounds or (folds and dtype not in (None, "float32"))
         return cls(to=to, dtype=dtype, infos=infos, groups=groups, is_lossy=is_lossy, notes=notes)
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from meshlm.conversion.cast import cast
 from meshlm.conversion.finite import check_finite
 from meshlm.conversion.source import Group, Part, Source
-from meshlm.conversion.table import stacked_name
+from meshlm.conversion.table import stacked_name, weight_of
 from meshlm.core.sharding import sharding_of
-from meshlm.core.tree import from_named, map_named, to_named
+from meshlm.core.tree import from_named, to_named
 from meshlm.formats.tensor import TensorInfo
-from meshlm.model.params import Block, Params, Weight, describe
+from meshlm.model.params import Params, weight_tree
 from meshlm.model.quantize import quantise_weight
 
 
@@ -44,35 +44,24 @@ def load_params(source: Source, mesh: Mesh, dtype: str | None, *, int8: bool = F
         BadInputError: a tensor cannot be read, holds NaN or infinities, or a number too large for
             `dtype`.
     """
-    weights = describe(source.model)
     named: dict[str, Any] = {}
     # Each tensor is checked while it is cast and copied.
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checking:
         for part in source.parts():
             for name, info in part.tensors.items():
-                stored = part.read(name)
+                weight, stored = weight_of(source.model, name), part.read(name)
                 checked = checking.submit(check_finite, stored, part.place(name))
                 wanted = dtype or ("float32" if info.dtype == np.float16 else info.dtype.name)
                 value = cast(stored, jnp.dtype(wanted), name)
-                placed = _place(value, _sharding(mesh, weights, name))
-                named[name] = quantise_weight(name, placed) if int8 else placed
+                placed = _place(value, sharding_of(mesh, *weight.dims))
+                named[name] = quantise_weight(weight, placed) if int8 else placed
                 # Only now, so that no second tensor waits beside this one.
                 jax.block_until_ready(named[name])
                 checked.result()
                 del stored, value, placed
-    outer = map_named(lambda name, _: named[name], dataclasses.replace(weights, blocks=()))
-    blocks = tuple(_block(weights, named, layer) for layer in range(source.model.num_layers))
-    return dataclasses.replace(outer, blocks=blocks)
-
-
-def _block(weights: Params, named: Mapping[str, Any], layer: int) -> Block:
-    return map_named(lambda field, _: named[f"blocks.{layer}.{field}"], weights.blocks)
-
-
-def _sharding(mesh: Mesh, weights: Params, name: str) -> NamedSharding:
-    stacked, layer = stacked_name(name)
-    weight: Weight = to_named(weights)[stacked]
-    return sharding_of(mesh, *(weight.dims if layer is None else weight.dims[1:]))
+    weights = weight_tree(source.model)
+    blocks = (weights.blocks,) * source.model.num_layers
+    return from_named(dataclasses.replace(weights, blocks=blocks), named)
 
 
 def _place(value: np.ndarray, where: NamedSharding) -> jax.Array:
@@ -99,8 +88,8 @@ def load_stacked(
     """
     named = to_named(abstract)
     whole: dict[str, Any] = {n: np.empty(leaf.shape, np.float32) for n, leaf in named.items()}
-    if not source.model.embedding_bias and "embedding_bias" in whole:
-        whole["embedding_bias"][...] = 0
+    if not source.model.has_bias("embedding") and "embedding.bias" in whole:
+        whole["embedding.bias"][...] = 0
     for part in source.parts(group):
         for name in part.tensors:
             stacked, layer = stacked_name(name)

@@ -18,7 +18,8 @@ from meshlm.core.waiting import Waiting
 from meshlm.data.special_tokens import SpecialTokens, fits
 from meshlm.data.tokenizer_folder import ReadTokenizer, read_tokenizer
 from meshlm.data.tokenizer_json import SpecialTokenMode
-from meshlm.model.config import PRESETS, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.presets import PRESETS
 
 
 def open_source(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from meshlm.checkpoint.format_1 import to_current
 from meshlm.core.errors import BadInputError
 from meshlm.formats import safetensors
 
@@ -25,9 +26,9 @@ class Sidecar:
 
     shards: int
     arrays: Mapping[str, np.ndarray]
-    """`params.blocks.3.ff_out_bias` -> [shards, D] as stored, and so on for each summed bias and
-    norm of each group; `step`, and in full checkpoints `adam_count` and `schedule_count`, ->
-    [shards]."""
+    """`params.blocks.3.feed_forward.down.bias` -> [shards, D] as stored, and so on for each summed
+    bias and norm of each group; `step`, and in full checkpoints `adam_count` and `schedule_count`,
+    -> [shards]."""
 
     def to_bytes(self) -> bytes:
         """Returns the bytes of `mtj.safetensors`."""
@@ -57,4 +58,6 @@ class Sidecar:
                     f"{where}: {name} is {array.dtype.name} {list(array.shape)}, which is nothing "
                     f"that {shards!r} shards have: convert again"
                 )
+        # Sidecars have no format of their own: those beside checkpoints of format 1 have its names.
+        arrays = {to_current(name): array for name, array in arrays.items()}
         return cls(shards=count, arrays=arrays)

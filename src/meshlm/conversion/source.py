@@ -1,9 +1,9 @@
 """What the formats have in common: a model comes in parts, and a part's tensors one at a time.
 
 A part is the embedding, one layer, or the head with the final norm. Every tensor has a native name,
-the one of `model.params.Params` with the layer's number in it (`blocks.3.query`), and the native
-shape, without the leading dim of layers. Beside these a part has its raw tensors: as its files have
-them, under the names that its format uses; the certificate computes from them.
+the one in `model.params.Params` with the layer's number in it (`blocks.3.attention.query.weight`),
+and the native shape, without the leading dim of layers. Beside these a part has its raw tensors: as
+its files have them, under the names that its format uses; the certificate computes from them.
 
 Nothing here holds more than one tensor: `read` gives an array, which the caller drops before it
 reads the next one.

@@ -1,9 +1,8 @@
 """The native tensors of a model, by part."""
 
 from meshlm.conversion.source import PartKey
-from meshlm.core.tree import to_named
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import describe
+from meshlm.model.params import Weight, layer_table, weight_table
 
 
 def native_names(model: ModelConfig, key: PartKey) -> list[str]:
@@ -13,20 +12,14 @@ def native_names(model: ModelConfig, key: PartKey) -> list[str]:
 
 def native_shapes(model: ModelConfig, key: PartKey) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each of a part's tensors by native name."""
-    weights = to_named(describe(model))
     if isinstance(key, int):
-        prefix = "blocks."
-        return {
-            f"blocks.{key}.{name.removeprefix(prefix)}": weight.shape[1:]
-            for name, weight in weights.items()
-            if name.startswith(prefix)
-        }
-    wanted = {"embedding": ("embedding", "embedding_bias")}.get(key)
+        weights = layer_table(model).items()
+        return {f"blocks.{key}.{name}": weight.shape for name, weight in weights}
+    others = ("blocks.",) if key == "embedding" else ("blocks.", "embedding.")
     return {
         name: weight.shape
-        for name, weight in weights.items()
-        if not name.startswith("blocks.")
-        and (name in wanted if wanted else not name.startswith("embedding"))
+        for name, weight in weight_table(model).items()
+        if not name.startswith(others) and (key == "head" or name.startswith("embedding."))
     }
 
 
@@ -35,8 +28,18 @@ def part_keys(model: ModelConfig) -> list[PartKey]:
     return ["embedding", *range(model.num_layers), "head"]
 
 
+def weight_of(model: ModelConfig, name: str) -> Weight:
+    """Returns the declaration of a native tensor; of one layer's, without the dim of layers."""
+    stacked, layer = stacked_name(name)
+    weight = weight_table(model)[stacked]
+    return weight if layer is None else weight.of_layer
+
+
 def stacked_name(name: str) -> tuple[str, int | None]:
-    """Returns (`blocks.query`, 3) for `blocks.3.query`, and (name, None) outside the layers."""
+    """Returns the name in `Params` and the layer, or (name, None) outside the layers.
+
+    `blocks.3.attention.query.weight` is layer 3 of `blocks.attention.query.weight`.
+    """
     room, _, rest = name.partition(".")
     if room != "blocks":
         return name, None

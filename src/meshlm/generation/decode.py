@@ -20,13 +20,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from meshlm.core.sharding import current_rules, reshard, use_mesh
-from meshlm.core.tree import map_named, pytree
+from meshlm.core.tree import pytree
 from meshlm.generation import sampling
 from meshlm.generation.config import MAX_ALTERNATIVES
 from meshlm.model.cache import Cache, init_cache
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import PRODUCT_WEIGHTS, Params, unstack_blocks
+from meshlm.model.params import Params, Weight, map_weights, unstack_blocks
 from meshlm.model.transformer import Compute, forward_cached, unembed
+from meshlm.ops.weights import as_matrix
 
 # Steps of one dispatch. A loop costs less than its dispatches on small models.
 MAX_STEPS = 8
@@ -120,7 +121,7 @@ class DecodeModel:
         )
         with _entered(mesh):
             if isinstance(params.blocks, tuple):
-                ready = cast_matrices(params, compute.dtype)
+                ready = cast_matrices(config, params, compute.dtype)
             else:
                 ready = prepare_params(params, shape=shape)
             return cls(params=ready, shape=shape, mesh=mesh)
@@ -148,23 +149,19 @@ def prepare_params(params: Params, *, shape: Shape) -> Params:
     vectors keep their type, for they are used in float32.
     """
 
-    return cast_matrices(unstack_blocks(params), shape.compute.dtype)
+    return cast_matrices(shape.config, unstack_blocks(params), shape.compute.dtype)
 
 
-def cast_matrices(params: Params, dtype: str) -> Params:
+def cast_matrices(config: ModelConfig, params: Params, dtype: str) -> Params:
     """Returns weights with one block a layer, those of products in `dtype` if it is smaller."""
 
-    def cast(name: str, value: jax.Array) -> jax.Array:
+    def cast(weight: Weight, value: Any) -> Any:
+        if "product" not in weight.uses or as_matrix(value).operand_dtype is None:
+            return value
         is_wider = value.dtype.itemsize > jnp.dtype(dtype).itemsize
-        return value.astype(dtype) if name in PRODUCT_WEIGHTS and is_wider else value
+        return value.astype(dtype) if is_wider else value
 
-    def cast_fields(node: Any) -> Any:
-        return map_named(lambda name, value: cast(name.split(".")[-1], value), node)
-
-    return dataclasses.replace(
-        cast_fields(dataclasses.replace(params, blocks=())),
-        blocks=tuple(cast_fields(block) for block in params.blocks),
-    )
+    return map_weights(cast, config, params)
 
 
 @functools.partial(jax.jit, static_argnames="shape")

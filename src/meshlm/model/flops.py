@@ -1,13 +1,12 @@
 """The arithmetic of a model: its floating-point operations, counted by formula."""
 
 from meshlm.model.config import ModelConfig
+from meshlm.model.params import weight_table
 
 
 def matmul_params(model: ModelConfig) -> int:
-    """The number of weights that every token is multiplied with: all matrices but the embedding."""
-    attention = 4 * model.d_model * model.num_heads * model.head_dim
-    feed_forward = 2 * model.d_model * model.d_ff
-    return model.num_layers * (attention + feed_forward) + model.d_model * model.vocab_size
+    """Returns the number of weights that every token is multiplied with."""
+    return sum(w.size for w in weight_table(model).values() if "product" in w.uses)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:

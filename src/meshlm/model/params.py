@@ -1,15 +1,19 @@
-"""The parameters: one description a weight, and everything else derived from it.
+"""The parameters: one `Weight` declares each of them, and everything else is derived from it.
 
-Dim letters: L layers, V vocabulary rows, D model, N heads, H head dim, F feed-forward.
+Dim letters: L layers, V vocabulary rows, P positions, D model, N heads, H head dim, F feed-forward.
 
-A weight is stored as [out, in], the way torch keeps it: the product contracts the last dims of both
-operands, the layout in which CPUs stream weights fastest. Layers are stacked along a leading dim L.
+A weight is stored as [out, in], the way torch keeps it: the product contracts the trailing dims of
+both operands, the layout in which CPUs stream weights fastest. Layers are stacked along a leading
+dim L.
 """
 
 import dataclasses
+import functools
 import math
+import types
 import zlib
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,121 +21,275 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from meshlm.core import sharding
-from meshlm.core.tree import PyTree, map_named, pytree
+from meshlm.core.tree import PyTree, from_named, pytree, to_named
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import check_supported
+
+
+@pytree
+class Linear:
+    """A product with a matrix, and the bias that is added to it; None where there is none."""
+
+    weight: Float[Array, "..."]
+    bias: Float[Array, "..."] | None = None
+
+
+@pytree
+class Norm:
+    """A layer norm."""
+
+    scale: Float[Array, "D"]
+    offset: Float[Array, "D"]
+
+
+@pytree
+class Attention:
+    """Weights [N, H, D] that read the residual stream, and one [D, N, H] that writes to it."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+
+
+@pytree
+class FeedForward:
+    """Weights [F, D] and [D, F], with the activation between them."""
+
+    up: Linear
+    down: Linear
 
 
 @pytree
 class Block:
-    """One layer, or all of them with a leading dim L: attention and feed-forward in parallel."""
+    """One layer, or all of them with a leading dim L."""
 
-    norm_scale: Float[Array, "D"]
-    norm_offset: Float[Array, "D"]
-    query: Float[Array, "N H D"]
-    key: Float[Array, "N H D"]
-    value: Float[Array, "N H D"]
-    attention_out: Float[Array, "D N H"]
-    ff_in: Float[Array, "F D"]
-    ff_in_bias: Float[Array, "F"]
-    ff_out: Float[Array, "D F"]
-    ff_out_bias: Float[Array, "D"]
+    attention_norm: Norm
+    ff_norm: Norm | None = None
+    """None where `attention_norm` serves both."""
+    attention: Attention
+    feed_forward: FeedForward
+
+
+@pytree
+class Embedding:
+    """What each token and its position become."""
+
+    tokens: Float[Array, "V D"]
+    positions: Float[Array, "P D"] | None = None
+    """None where positions are not learned."""
+    bias: Float[Array, "D"] | None = None
+
+
+Stacked = Block
+"""All layers as one block, each array [L, ...], as training has them."""
+Unstacked = tuple[Block, ...]
+"""A block a layer, as decoding has them."""
 
 
 @pytree
 class Params:
-    """All weights of a GPT-J. `blocks` is stacked [L, ...], or a tuple of L blocks for decoding."""
+    """All parameters of a model."""
 
-    embedding: Float[Array, "V D"]
-    blocks: Any
-    final_norm_scale: Float[Array, "D"]
-    final_norm_offset: Float[Array, "D"]
-    head: Float[Array, "V D"]
-    head_bias: Float[Array, "V"]
-    embedding_bias: Float[Array, "D"] | None = None
-    """Added to every embedding; None in a model without one."""
+    embedding: Embedding
+    blocks: Stacked | Unstacked
+    final_norm: Norm
+    head: Linear
+    """Logits of the vocabulary."""
 
 
-# The matrices that products take, and in the type of the products; the embedding is looked up.
-PRODUCT_WEIGHTS = frozenset(
-    ("query", "key", "value", "attention_out", "ff_in", "ff_out", "head"),
-)
+Use = Literal["lookup", "product", "vector"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight:
-    """What is to be known of one weight before it exists."""
+    """Declaration of one parameter: shape, logical dims, initializer, uses."""
 
     shape: tuple[int, ...]
     dims: tuple[str | None, ...]
     """Logical dims, the keys of the rule table in core/sharding.py."""
     std: float = 0.0
-    """Sigma of the normal that is cut at two sigma; 0 for a constant."""
+    """Sigma of the normal that initial values are drawn from, cut at two sigma; 0: a constant."""
     fill: float = 0.0
     """The constant, where std is 0."""
     decay: bool = False
-    """Weight decay pulls on it (matrices only)."""
+    """Whether weight decay applies (matrices only)."""
     shared: bool = False
-    """A bias of which the original keeps a share in each shard, to be summed."""
+    """A bias of which mesh-transformer-jax keeps a share in each shard, to be summed."""
+    uses: frozenset[Use]
+    """Rows are looked up, products contract it, or it is added or multiplied as a vector."""
+    contract: int = 0
+    """Trailing dims that its product contracts."""
+    draw_name: str
+    """The name in checkpoints of format 1, by which initial values are drawn."""
+    normed_last: bool = False
+    """Gradient norms add it after all others, as in the tree of format 1."""
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def of_layer(self) -> "Weight":
+        """The declaration of one layer of a stack: without the leading dim."""
+        return dataclasses.replace(self, shape=self.shape[1:], dims=self.dims[1:])
 
 
-def describe(config: ModelConfig) -> PyTree:
-    """Returns a `Params` of `Weight`s for this shape.
+_CACHED_CONFIGS = 64
 
-    The standard deviations are the original's: 1/sqrt(V) for the embedding, 1/sqrt(D) for what
-    reads the residual stream, (2/L)/sqrt(D) for what writes to it, and zero biases.
+
+@functools.lru_cache(_CACHED_CONFIGS)
+def weight_tree(config: ModelConfig) -> PyTree:
+    """Returns a `Params` of `Weight`s, computed once a config.
+
+    The standard deviations are mesh-transformer-jax's: 1/sqrt(V) for the embedding, 1/sqrt(D) for
+    what reads the residual stream, (2/L)/sqrt(D) for what writes to it, and zero biases.
+
+    Raises:
+        UsageError: the architecture is not supported.
 
     Source: mesh-transformer-jax, layers.py:185, 253-259.
     """
-    L, D, F, V = config.num_layers, config.d_model, config.d_ff, config.vocab_size
+    check_supported(config)
+    D, V = config.d_model, config.vocab_size
+    embedding = Embedding(
+        tokens=_matrix("embedding", (V, D), (None, "table_embed"), 1 / math.sqrt(V), lookup=True),
+        bias=_vector("embedding_bias", (D,), (None,), shared=True, normed_last=True)
+        if config.has_bias("embedding")
+        else None,
+    )
+    return Params(
+        embedding=embedding,
+        blocks=_stacked_block(config),
+        final_norm=_norm("final_norm", (D,), (None,)),
+        head=Linear(
+            weight=_matrix("head", (V, D), ("vocab", "embed"), 1 / math.sqrt(D)),
+            bias=_vector("head_bias", (V,), ("vocab",)) if config.has_bias("head") else None,
+        ),
+    )
+
+
+def _stacked_block(config: ModelConfig) -> PyTree:
+    L, D, F = config.num_layers, config.d_model, config.d_ff
     N, H = config.num_heads, config.head_dim
     read_std, write_std = 1 / math.sqrt(D), 2 / L / math.sqrt(D)
 
-    def matrix(shape: tuple[int, ...], dims: tuple[str | None, ...], std: float) -> Any:
-        return Weight(shape=shape, dims=dims, std=std, decay=True)
+    def projection(name: str) -> Linear:
+        shape, dims = (L, N, H, D), ("layers", "heads", None, "embed")
+        return Linear(weight=_matrix(f"blocks.{name}", shape, dims, read_std))
 
-    def vector(shape: tuple[int, ...], dims: tuple[str | None, ...], fill: float = 0.0) -> Any:
-        return Weight(shape=shape, dims=dims, fill=fill)
-
-    def shared(shape: tuple[int, ...], dims: tuple[str | None, ...]) -> Any:
-        return Weight(shape=shape, dims=dims, shared=True)
-
-    stacked = "layers"
-    blocks = Block(
-        norm_scale=vector((L, D), (stacked, None), 1.0),
-        norm_offset=vector((L, D), (stacked, None)),
-        query=matrix((L, N, H, D), (stacked, "heads", None, "embed"), read_std),
-        key=matrix((L, N, H, D), (stacked, "heads", None, "embed"), read_std),
-        value=matrix((L, N, H, D), (stacked, "heads", None, "embed"), read_std),
-        attention_out=matrix((L, D, N, H), (stacked, "embed", "heads", None), write_std),
-        ff_in=matrix((L, F, D), (stacked, "ff", "embed"), read_std),
-        ff_in_bias=vector((L, F), (stacked, "ff")),
-        ff_out=matrix((L, D, F), (stacked, "embed", "ff"), write_std),
-        ff_out_bias=shared((L, D), (stacked, None)),
+    up_dims, down_dims = ("layers", "ff", "embed"), ("layers", "embed", "ff")
+    has_bias = config.has_bias("feed_forward")
+    return Block(
+        attention_norm=_norm("blocks.norm", (L, D), ("layers", None)),
+        attention=Attention(
+            query=projection("query"),
+            key=projection("key"),
+            value=projection("value"),
+            out=Linear(
+                weight=_matrix(
+                    "blocks.attention_out",
+                    (L, D, N, H),
+                    ("layers", "embed", "heads", None),
+                    write_std,
+                    contract=2,
+                )
+            ),
+        ),
+        feed_forward=FeedForward(
+            up=Linear(
+                weight=_matrix("blocks.ff_in", (L, F, D), up_dims, read_std),
+                bias=_vector("blocks.ff_in_bias", (L, F), ("layers", "ff")) if has_bias else None,
+            ),
+            down=Linear(
+                weight=_matrix("blocks.ff_out", (L, D, F), down_dims, write_std),
+                bias=_vector("blocks.ff_out_bias", (L, D), ("layers", None), shared=True)
+                if has_bias
+                else None,
+            ),
+        ),
     )
-    return Params(
-        embedding=matrix((V, D), (None, "table_embed"), 1 / math.sqrt(V)),
-        blocks=blocks,
-        final_norm_scale=vector((D,), (None,), 1.0),
-        final_norm_offset=vector((D,), (None,)),
-        head=matrix((V, D), ("vocab", "embed"), read_std),
-        head_bias=vector((V,), ("vocab",)),
-        embedding_bias=shared((D,), (None,)) if config.embedding_bias else None,
+
+
+def _matrix(
+    draw_name: str,
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...],
+    std: float,
+    *,
+    lookup: bool = False,
+    contract: int = 1,
+) -> Any:
+    return Weight(
+        shape=shape,
+        dims=dims,
+        std=std,
+        decay=True,
+        uses=frozenset({"lookup" if lookup else "product"}),
+        contract=0 if lookup else contract,
+        draw_name=draw_name,
     )
+
+
+def _vector(
+    draw_name: str,
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...],
+    *,
+    fill: float = 0.0,
+    shared: bool = False,
+    normed_last: bool = False,
+) -> Any:
+    return Weight(
+        shape=shape,
+        dims=dims,
+        fill=fill,
+        shared=shared,
+        uses=frozenset({"vector"}),
+        draw_name=draw_name,
+        normed_last=normed_last,
+    )
+
+
+def _norm(draw_name: str, shape: tuple[int, ...], dims: tuple[str | None, ...]) -> Norm:
+    return Norm(
+        scale=_vector(f"{draw_name}_scale", shape, dims, fill=1.0),
+        offset=_vector(f"{draw_name}_offset", shape, dims),
+    )
+
+
+@functools.lru_cache(_CACHED_CONFIGS)
+def weight_table(config: ModelConfig) -> Mapping[str, Weight]:
+    """Returns every `Weight` by its dotted name, in the order of the tree; once a config."""
+    return types.MappingProxyType(to_named(weight_tree(config)))
+
+
+@functools.lru_cache(_CACHED_CONFIGS)
+def layer_table(config: ModelConfig) -> Mapping[str, Weight]:
+    """Returns one layer's `Weight`s by their names below `blocks`; once a config."""
+    table = to_named(weight_tree(config).blocks)
+    return types.MappingProxyType({name: weight.of_layer for name, weight in table.items()})
 
 
 def count_params(config: ModelConfig) -> int:
-    """Returns the number of parameters of this shape."""
-    return sum(math.prod(weight.shape) for weight in jax.tree.leaves(describe(config)))
+    """Returns the number of parameters of this model."""
+    return sum(weight.size for weight in weight_table(config).values())
 
 
-def decay_mask(config: ModelConfig) -> PyTree:
-    """Returns a `Params` of bools: True where weight decay pulls."""
-    return jax.tree.map(lambda weight: weight.decay, describe(config))
+def map_weights(
+    function: Callable[[Weight, Any], Any], config: ModelConfig, params: PyTree
+) -> PyTree:
+    """Returns parameters with each leaf replaced by `function(weight, leaf)`.
 
-
-def shared_mask(config: ModelConfig) -> PyTree:
-    """Returns a `Params` of bools: True for the biases that the original sums over shards."""
-    return jax.tree.map(lambda weight: weight.shared, describe(config))
+    Args:
+        params: stacked, or with one block a layer; then `weight` declares a layer's leaf.
+    """
+    weights = weight_tree(config)
+    if isinstance(params.blocks, tuple):
+        layer = from_named(weights.blocks, layer_table(config))
+        weights = dataclasses.replace(weights, blocks=(layer,) * config.num_layers)
+    return jax.tree.map(function, weights, params)
 
 
 def abstract_params(
@@ -143,7 +301,7 @@ def abstract_params(
         where = None if mesh is None else sharding.sharding_of(mesh, *weight.dims)
         return jax.ShapeDtypeStruct(weight.shape, dtype, sharding=where)
 
-    return jax.tree.map(abstract, describe(config))
+    return jax.tree.map(abstract, weight_tree(config))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
@@ -152,20 +310,21 @@ def init_params(config: ModelConfig, key: jax.Array) -> PyTree:
     Call it under `jax.jit`, in the mesh where the weights are to live: each is drawn in its shards.
     """
 
-    def init(name: str, weight: Weight) -> jax.Array:
+    def init(weight: Weight) -> jax.Array:
         if weight.std == 0:
             value = jnp.full(weight.shape, weight.fill, jnp.float32)
         else:
-            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            own_key = jax.random.fold_in(key, zlib.crc32(weight.draw_name.encode()))
             value = weight.std * jax.random.truncated_normal(own_key, -2.0, 2.0, weight.shape)
         return sharding.reshard(value, *weight.dims)
 
-    return map_named(init, describe(config))
+    return jax.tree.map(init, weight_tree(config))
 
 
 def unstack_blocks(params: Params) -> Params:
     """Returns the same parameters with one `Block` of arrays a layer, as decoding wants them."""
-    num_layers = params.blocks.norm_scale.shape[0]
+    assert isinstance(params.blocks, Block)
+    num_layers = params.blocks.attention_norm.scale.shape[0]
     blocks = tuple(jax.tree.map(lambda x, i=i: x[i], params.blocks) for i in range(num_layers))
     return dataclasses.replace(params, blocks=blocks)
 
@@ -189,4 +348,5 @@ def check_divides(
                     f"evenly: choose --mesh.* that divide {size}"
                 )
 
-    map_named(check, describe(config))
+    for name, weight in weight_table(config).items():
+        check(name, weight)

@@ -20,7 +20,7 @@ from meshlm.core.sharding import reshard, share
 from meshlm.model.cache import Cache, LayerCache, cache_mask, extend
 from meshlm.model.compute import Compute, Remat, rounded, rounded_gelu
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Block, Params
+from meshlm.model.params import Block, Embedding, Linear, Norm, Params
 from meshlm.ops.attention import attend_to_cache
 from meshlm.ops.fast_attention import MIXED, attend_causally
 from meshlm.ops.linear import add_bias, dots, layer_norm, lookup, operand
@@ -63,13 +63,14 @@ def hidden_states(
             return block_forward(x_BTD, block, config, compute, rotary, segment_ids_BT)[0], None
 
     layer = _rematerialise(layer, compute.remat)
-    x_BTD = embed(params, tokens_BT, compute)
+    assert isinstance(params.blocks, Block)
+    x_BTD = embed(params.embedding, tokens_BT, compute)
     if compute.scan_layers:
         x_BTD, _ = jax.lax.scan(layer, x_BTD, params.blocks)
     else:
         for i in range(config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w, i=i: w[i], params.blocks))
-    return final_norm(params, config, compute, x_BTD)
+    return final_norm(params.final_norm, config, compute, x_BTD)
 
 
 def forward(
@@ -102,7 +103,8 @@ def forward_cached(
     """
     rotary = rotary_rows(config, compute, positions_BT, tokens_BT.shape[1])
     mask = cache_mask(cache, positions_BT)
-    x_BTD = embed(params, tokens_BT, compute)
+    assert isinstance(params.blocks, tuple)
+    x_BTD = embed(params.embedding, tokens_BT, compute)
     start_B = reshard(positions_BT[:, 0], "batch")
     layers = []
     for block, layer_cache in zip(params.blocks, cache.layers, strict=True):
@@ -115,28 +117,39 @@ def forward_cached(
             cached=Cached(layer_cache, start_B, mask),
         )
         layers.append(updated)
-    return final_norm(params, config, compute, x_BTD), Cache(layers=tuple(layers))
+    return final_norm(params.final_norm, config, compute, x_BTD), Cache(layers=tuple(layers))
 
 
-def embed(params: Params, tokens_BT: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
+def embed(
+    embedding: Embedding, tokens_BT: Int[Array, "B T"], compute: Compute
+) -> Float[Array, "B T D"]:
     """Returns the float32 embedding of each token."""
     with jax.named_scope("embed"):
-        x_BTD = lookup(params.embedding, tokens_BT)
-        if params.embedding_bias is not None:
-            x_BTD = add_bias(x_BTD, params.embedding_bias)
-        return rounded(x_BTD, compute)
+        return rounded(_plus(lookup(embedding.tokens, tokens_BT), embedding.bias), compute)
 
 
 def unembed(
     params: Params, x_BTD: Float[Array, "B T D"], compute: Compute
 ) -> Float[Array, "B T V"]:
     """Returns float32 logits; with a `model` axis they are split by vocabulary."""
+    # Weights with one block a layer are there to decode.
+    return head_logits(params.head, x_BTD, compute, streamed=isinstance(params.blocks, tuple))
+
+
+def head_logits(
+    head: Linear, x_BTD: Float[Array, "B T D"], compute: Compute, *, streamed: bool
+) -> Float[Array, "B T V"]:
+    """Returns float32 logits of the rows of a head.
+
+    Args:
+        streamed: as `dots`.
+    """
     with jax.named_scope("head"):
-        head = gather(params.head, compute, "vocab", "embed")
-        # Weights with one block a layer are there to decode.
-        (logits_BTV,) = dots([(x_BTD, head, 1)], streamed=isinstance(params.blocks, tuple))
-        bias = params.head_bias[None, None].astype(jnp.float32)
-        return rounded(logits_BTV + bias, compute)
+        weight = gather(head.weight, compute, "vocab", "embed")
+        (logits_BTV,) = dots([(x_BTD, weight, 1)], streamed=streamed)
+        if head.bias is not None:
+            logits_BTV = logits_BTV + head.bias[None, None].astype(jnp.float32)
+        return rounded(logits_BTV, compute)
 
 
 def summed_loss(
@@ -149,10 +162,13 @@ def summed_loss(
 ) -> Float[Array, ""]:
     """Returns the loss summed over the tokens where the mask is 1, in nats, from hidden states."""
     with jax.named_scope("head_loss"):
-        head = gather(params.head, compute, "vocab", "embed")
-        bias = params.head_bias.astype(jnp.float32)
+        head = gather(params.head.weight, compute, "vocab", "embed")
+        bias = params.head.bias
+        if bias is None:
+            bias = reshard(jnp.zeros(head.shape[0]), "vocab")
         # The products' type again in each of them; in this one their gradients are added up.
         head_VD = head.to_array(compute.reduce_dtype)
+        bias = bias.astype(jnp.float32)
         return head_loss(x_BTD.astype(compute.dtype), head_VD, bias, targets_BT, mask_BT, z_loss)
 
 
@@ -176,46 +192,51 @@ def block_forward(
     One norm, and one sum over `model`.
     """
     decoding = cached is not None
-    normed = layer_norm(x_BTD, block.norm_scale, block.norm_offset, config.layer_norm_epsilon)
+    normed = apply_norm(block.attention_norm, x_BTD, config)
     weights = _read_weights(block, compute)
     normed = share(operand(normed, weights), "heads")
     *qkv_BTNH, hidden_BTF = dots([(normed, weight, 1) for weight in weights], streamed=decoding)
     mixed_BTNH, cache = _attention(qkv_BTNH, compute, rotary, segment_ids_BT, cached)
-    hidden_BTF = _activate(hidden_BTF, block.ff_in_bias, compute)
-    attention_out = gather(block.attention_out, compute, "embed", "heads", None)
-    ff_out = gather(block.ff_out, compute, "embed", "ff")
+    hidden_BTF = _activate(hidden_BTF, block.feed_forward.up.bias, compute)
+    out = gather(block.attention.out.weight, compute, "embed", "heads", None)
+    down = gather(block.feed_forward.down.weight, compute, "embed", "ff")
     attention, feed_forward = dots(
-        [(mixed_BTNH, attention_out, 2), (hidden_BTF, ff_out, 1)],
+        [(mixed_BTNH, out, 2), (hidden_BTF, down, 1)],
         partial=True,
         streamed=decoding,
     )
+    bias = block.feed_forward.down.bias
     if compute.rounded:
-        return _add_rounded(x_BTD, attention, feed_forward, block.ff_out_bias, compute), cache
+        return _add_rounded(x_BTD, attention, feed_forward, bias, compute), cache
     update = reshard(attention + feed_forward, "batch", None, None)
-    return x_BTD + add_bias(update, block.ff_out_bias), cache
+    return x_BTD + _plus(update, bias), cache
 
 
 def _read_weights(block: Block, compute: Compute) -> list[Matrix]:
     """Returns the weights that read the residual stream: of query, key, value, feed-forward."""
     qkv = [
         gather(weight, compute, "heads", None, "embed")
-        for weight in (block.query, block.key, block.value)
+        for weight in (
+            block.attention.query.weight,
+            block.attention.key.weight,
+            block.attention.value.weight,
+        )
     ]
-    return [*qkv, gather(block.ff_in, compute, "ff", "embed")]
+    return [*qkv, gather(block.feed_forward.up.weight, compute, "ff", "embed")]
 
 
 def _add_rounded(
     x_BTD: jax.Array,
     attention: jax.Array,
     feed_forward: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     compute: Compute,
 ) -> jax.Array:
     """Returns the sum in transformers' order, every step of it rounded."""
     attention, feed_forward = (
         reshard(part, "batch", None, None) for part in (attention, feed_forward)
     )
-    feed_forward = rounded(add_bias(feed_forward, bias), compute)
+    feed_forward = rounded(_plus(feed_forward, bias), compute)
     update = rounded(rounded(attention, compute) + feed_forward, compute)
     return rounded(update + x_BTD, compute)
 
@@ -243,9 +264,14 @@ def _attention(
         return attend_to_cache(q_BTNH, cache.keys, cache.values, mask, start_B), cache
 
 
-def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax.Array:
+def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Returns x plus a bias, where there is one."""
+    return x if bias is None else add_bias(x, bias)
+
+
+def _activate(hidden_BTF: jax.Array, bias_F: jax.Array | None, compute: Compute) -> jax.Array:
     with jax.named_scope("feed_forward"):
-        hidden_BTF = add_bias(hidden_BTF, bias_F)
+        hidden_BTF = _plus(hidden_BTF, bias_F)
         if _HIDDEN in _KEPT.get(compute.remat, ()):
             # The largest array of a layer: kept as products take it.
             hidden_BTF = checkpoint_name(hidden_BTF.astype(compute.dtype), _HIDDEN)
@@ -254,11 +280,15 @@ def _activate(hidden_BTF: jax.Array, bias_F: jax.Array, compute: Compute) -> jax
 
 
 def final_norm(
-    params: Params, config: ModelConfig, compute: Compute, x_BTD: Float[Array, "B T D"]
+    norm: Norm, config: ModelConfig, compute: Compute, x_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
     """Returns the residual stream after the last norm, as the head takes it."""
-    scale, offset = params.final_norm_scale, params.final_norm_offset
-    return rounded(layer_norm(x_BTD, scale, offset, config.layer_norm_epsilon), compute)
+    return rounded(apply_norm(norm, x_BTD, config), compute)
+
+
+def apply_norm(norm: Norm, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns the float32 layer norm of x."""
+    return layer_norm(x_BTD, norm.scale, norm.offset, config.layer_norm_epsilon)
 
 
 def rotary_rows(

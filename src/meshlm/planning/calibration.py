@@ -15,6 +15,7 @@ import math
 from meshlm.core.sharding import MeshConfig, ShardingName
 from meshlm.model.compute import Compute, Remat
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 from meshlm.model.flops import matmul_params
 from meshlm.optim import OptimizerConfig
 from meshlm.planning.memory import stretch
@@ -72,7 +73,7 @@ def _shape(
     num_layers: int, d_model: int, num_heads: int, d_ff: int, vocab_size: int, length: int
 ) -> ModelConfig:
     """Returns a shape with heads of 128, as all of these models have."""
-    return ModelConfig(
+    return gpt_j(
         num_layers=num_layers,
         d_model=d_model,
         num_heads=num_heads,

@@ -11,7 +11,7 @@ import math
 import jax
 
 from meshlm.core.sharding import Axes
-from meshlm.model.params import Weight, describe
+from meshlm.model.params import Weight, weight_table, weight_tree
 from meshlm.ops.fast_attention import MAX_CHUNKS
 from meshlm.ops.loss import CHUNK_ROWS, MAX_STRETCHES, STRETCH_ROWS
 from meshlm.optim import LEAST_FACTORED
@@ -61,7 +61,7 @@ class MemoryEstimate:
 
 def estimate_memory(setup: Setup) -> MemoryEstimate:
     """Returns the bytes that the step needs on each device, by formula."""
-    weights = jax.tree.leaves(describe(setup.step.model))
+    weights = weight_table(setup.step.model).values()
     one_copy = _FLOAT * sum(elements(weight, setup) for weight in weights)
     moments = sum(_moments(weight, setup) for weight in weights)
     rows = setup.rows * setup.step.accumulate
@@ -161,7 +161,7 @@ def part_tokens(setup: Setup) -> int:
 
 def layer_elements(setup: Setup, *, gathered: bool = True) -> int:
     model = setup.step.model
-    blocks = jax.tree.leaves(describe(model).blocks)
+    blocks: list[Weight] = jax.tree.leaves(weight_tree(model).blocks)
     total = sum(elements(weight, setup, gathered=gathered) for weight in blocks)
     return total // model.num_layers
 
@@ -174,7 +174,7 @@ def _layer_bytes(setup: Setup) -> int:
 
 
 def _head_bytes(setup: Setup) -> int:
-    head = describe(setup.step.model).head
+    head = weight_tree(setup.step.model).head.weight
     vocab = elements(head, setup, gathered=True) // setup.step.model.d_model
     # Logits, their exponentials and their gradient.
     logits = 3 * _FLOAT * vocab * setup.rows * stretch(setup)
@@ -190,7 +190,7 @@ def stretch(setup: Setup) -> int:
 
 
 def _embedding_bytes(setup: Setup) -> int:
-    table = describe(setup.step.model).embedding
+    table = weight_tree(setup.step.model).embedding.tokens
     return 2 * _FLOAT * elements(table, setup, gathered=True)
 
 

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from meshlm.model.config import name_of
 from meshlm.model.params import count_params
+from meshlm.model.presets import name_of
 from meshlm.planning.plan import Plan
 from meshlm.planning.search import describe_setup
 from meshlm.planning.work import wire_bytes

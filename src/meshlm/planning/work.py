@@ -11,8 +11,9 @@ import jax
 
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import AXES, Axes
+from meshlm.core.tree import PyTree
 from meshlm.model.compute import Remat
-from meshlm.model.params import describe
+from meshlm.model.params import Weight, weight_table, weight_tree
 from meshlm.ops.fast_attention import (
     MAX_CHUNKS,
     MIN_CHUNK,
@@ -193,14 +194,22 @@ def _product_flops(setup: Setup) -> float:
 
     Nothing in the backward pass asks for the results of the two products that write to the stream.
     """
-    stream, heads, ff = widths(setup)
     model, remat = setup.step.model, setup.step.compute.remat
-    layer = stream * (4 * heads + 2 * ff)
-    again = stream * {"feed-forward": 3 * heads, "full": 3 * heads + ff}.get(remat, 0)
-    head = elements(describe(model).head, setup, gathered=True)
+    block = weight_tree(model).blocks
+    written = (block.attention.out, block.feed_forward.down)
+    kept = {"feed-forward": (*written, block.feed_forward.up), "full": written}
+    layer = _product_elements(block, setup)
+    again = layer - _product_elements(kept[remat], setup) if remat in kept else 0
+    head = _product_elements(weight_tree(model).head, setup)
     # Logits of a stretch of the sequence are made again backward.
     of_head = 3 if stretch(setup) == setup.seq_len else 4
-    return 2.0 * _tokens(setup) * (model.num_layers * (3 * layer + again) + of_head * head)
+    return 2.0 * _tokens(setup) * (3 * layer + again + of_head * head)
+
+
+def _product_elements(weights: PyTree, setup: Setup) -> int:
+    """Returns the elements on one device, gathered, of the weights that products take."""
+    leaves: list[Weight] = jax.tree.leaves(weights)
+    return sum(elements(w, setup, gathered=True) for w in leaves if "product" in w.uses)
 
 
 def _attention_flops(setup: Setup, form: AttentionForm) -> float:
@@ -214,14 +223,14 @@ def _attention_flops(setup: Setup, form: AttentionForm) -> float:
 def _traffic(setup: Setup, form: AttentionForm) -> float:
     model, parts, passes = setup.step.model, setup.step.accumulate, PASSES
     stream, heads, _ = widths(setup)
-    vocab = elements(describe(model).head, setup, gathered=True) / model.d_model
+    vocab = elements(weight_tree(model).head.weight, setup, gathered=True) / model.d_model
     token = passes.stream * stream + form.passes * heads
     if form.stores_scores:
         token += passes.scores * heads / model.head_dim * form.keys(setup.seq_len)
     activations = _tokens(setup) * (model.num_layers * token + passes.logits * vocab)
     # The optimizer reads and writes weights and two moments and reads the gradient twice, once for
     # its norm; each part's gradient is read, and read and written where it is added.
-    own = sum(elements(weight, setup) for weight in jax.tree.leaves(describe(model)))
+    own = sum(elements(weight, setup) for weight in weight_table(model).values())
     return 4.0 * (activations + own * (8 + (3 * parts if parts > 1 else 0)))
 
 
@@ -236,7 +245,8 @@ def _of_weights(setup: Setup) -> tuple[Transfer, ...]:
     """
     parts, model, axes = setup.step.accumulate, setup.step.model, setup.rules.embed
     gathers = 1 if setup.step.compute.remat == "none" else 2
-    layer, head = layer_elements(setup), elements(describe(model).head, setup, gathered=True)
+    layer = layer_elements(setup)
+    head = elements(weight_tree(model).head.weight, setup, gathered=True)
 
     def gather(size: float, count: float) -> Transfer:
         size *= _operand(setup)
@@ -264,7 +274,7 @@ def _operand(setup: Setup) -> int:
 def _of_embedding(setup: Setup) -> tuple[Transfer, ...]:
     """The table is gathered in float32; columns split over `model` are joined after the lookup."""
     rules, parts = setup.rules, setup.step.accumulate
-    table = 4.0 * elements(describe(setup.step.model).embedding, setup, gathered=True)
+    table = 4.0 * elements(weight_tree(setup.step.model).embedding.tokens, setup, gathered=True)
     axes = tuple(axis for axis in rules.table_embed if axis in rules.embed)
     joined = tuple(axis for axis in rules.table_embed if axis not in rules.embed)
     looked_up = 4.0 * part_tokens(setup) * setup.step.model.d_model
@@ -299,9 +309,10 @@ def _of_copies(setup: Setup) -> tuple[Transfer, ...]:
     axes = tuple(axis for axis in AXES if axis in rules.batch and axis not in rules.embed)
     # Added up over parts they are float32.
     each = _BYTES[setup.step.compute.reduce_dtype] if setup.step.accumulate == 1 else 4
-    model = describe(setup.step.model)
-    own = 4.0 * elements(model.embedding, setup)
-    own += 1.0 * each * sum(elements(w, setup) for w in jax.tree.leaves((model.blocks, model.head)))
+    model = weight_tree(setup.step.model)
+    summed: list[Weight] = jax.tree.leaves((model.blocks, model.head.weight))
+    own = 4.0 * elements(model.embedding.tokens, setup)
+    own += 1.0 * each * sum(elements(weight, setup) for weight in summed)
     return (Transfer(op="all-reduce", axes=axes, bytes=own, count=1, of="gradients"),)
 
 

@@ -28,6 +28,7 @@ from meshlm.core.sharding import (
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.compute import ReduceDtype, Remat, choose_compute
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import upgrade_record
 from meshlm.model.params import check_divides
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
@@ -293,6 +294,8 @@ def read_run_config(content: Any, where: str) -> RunConfig:
         BadInputError: it is not one, or has settings that this version does not know.
     """
     run = content.get("run") if isinstance(content, dict) else None
+    if isinstance(run, dict) and "model" in run:
+        run = run | {"model": upgrade_record(run["model"])}
     return from_dict(RunConfig, run, f"{where} (run)")
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from meshlm.core.errors import UsageError
 from meshlm.data.special_tokens import SpecialTokens
-from meshlm.model.config import ModelConfig, find_preset, name_of, vocab_rows
-from meshlm.model.params import count_params
+from meshlm.model.config import ModelConfig
+from meshlm.model.families import with_embedding_bias
+from meshlm.model.params import count_params, weight_table
+from meshlm.model.presets import find_preset, name_of, vocab_rows
 from meshlm.optim import OptimizerConfig
 from meshlm.training.config import Origin, RunConfig, StoreRecord, TrainConfig
 
@@ -93,8 +95,8 @@ def _model(
             f"tokenizer: give {vocab_rows(tokenizer_size)}"
         )
     # The original has this bias, and its summed biases are what the recipe is about.
-    bias = model.embedding_bias or config.recipe is not None
-    return dataclasses.replace(model, vocab_size=vocab_size, embedding_bias=bias)
+    bias = model.has_bias("embedding") or config.recipe is not None
+    return with_embedding_bias(dataclasses.replace(model, vocab_size=vocab_size), bias)
 
 
 def _check_shape(config: TrainConfig, model: ModelConfig) -> None:
@@ -122,6 +124,9 @@ def _given(config: TrainConfig, defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: defaults[name] if value is None else value for name, value in values.items()}
 
 
+_VOCABULARY = ("embedding.tokens", "head.weight")
+
+
 def _new_optimizer(
     config: TrainConfig, model: ModelConfig, steps: int, origin: Origin | None
 ) -> OptimizerConfig:
@@ -129,7 +134,8 @@ def _new_optimizer(
     if name != "adamw" and (config.recipe is not None or (origin and origin.goes_on)):
         given = "--resume-from" if config.recipe is None else f"--recipe {config.recipe}"
         raise UsageError(f"--optimizer {name}: {given} needs adamw: leave one of them out")
-    inner = count_params(model) - 2 * model.vocab_size * model.d_model
+    weights = weight_table(model)
+    inner = count_params(model) - sum(weights[name].size for name in _VOCABULARY if name in weights)
     peak = config.learning_rate
     if peak is None:
         peak = next((rate for limit, rate in _PEAK_RATES if inner <= limit), 1e-4)

@@ -14,7 +14,8 @@ from meshlm.core.errors import UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.store import TokenStore
 from meshlm.data.tokenizer import Tokenizer
-from meshlm.model.config import ModelConfig, vocab_rows
+from meshlm.model.config import ModelConfig
+from meshlm.model.presets import vocab_rows
 from meshlm.step import StepConfig, TrainState, begin_state, init_state
 from meshlm.training.config import Origin, RunConfig, TrainConfig
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from meshlm.core import files, strict_json
-from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import model_from_record
 from meshlm.training.config import TrainConfig, flag
 
 _OPTION = "--config"
@@ -41,7 +41,7 @@ def read_settings(path: Path) -> tuple[ModelConfig | None, dict[str, Any]]:
             raise BadInputError(f"--config {path} has an unknown option {key!r}; {hint}")
     if model is None:
         return None, content
-    return from_dict(ModelConfig, model, f"--config {path}: model"), content
+    return model_from_record(model, f"--config {path}: model"), content
 
 
 def expand(values: Mapping[str, list[str]]) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
 MAX_JSON_BYTES = 4 << 20
@@ -304,7 +305,7 @@ def _to_model(path: Path, shape: Mapping[str, Any]) -> ModelConfig:
             f"rotary_dim is {rotary_dim}: it must be even and at most n_embd / n_head "
             f"({width // heads})",
         )
-    return ModelConfig(
+    return gpt_j(
         num_layers=shape["n_layer"],
         d_model=width,
         num_heads=heads,

@@ -16,23 +16,23 @@ PREFIX = "transformer."
 HEAD_PREFIX = "lm_head."
 
 _LAYER = {
-    "norm_scale": "ln_1.weight",
-    "norm_offset": "ln_1.bias",
-    "query": "attn.q_proj.weight",
-    "key": "attn.k_proj.weight",
-    "value": "attn.v_proj.weight",
-    "attention_out": "attn.out_proj.weight",
-    "ff_in": "mlp.fc_in.weight",
-    "ff_in_bias": "mlp.fc_in.bias",
-    "ff_out": "mlp.fc_out.weight",
-    "ff_out_bias": "mlp.fc_out.bias",
+    "attention_norm.scale": "ln_1.weight",
+    "attention_norm.offset": "ln_1.bias",
+    "attention.query.weight": "attn.q_proj.weight",
+    "attention.key.weight": "attn.k_proj.weight",
+    "attention.value.weight": "attn.v_proj.weight",
+    "attention.out.weight": "attn.out_proj.weight",
+    "feed_forward.up.weight": "mlp.fc_in.weight",
+    "feed_forward.up.bias": "mlp.fc_in.bias",
+    "feed_forward.down.weight": "mlp.fc_out.weight",
+    "feed_forward.down.bias": "mlp.fc_out.bias",
 }
 _OUTER = {
-    "embedding": f"{PREFIX}wte.weight",
-    "final_norm_scale": f"{PREFIX}ln_f.weight",
-    "final_norm_offset": f"{PREFIX}ln_f.bias",
-    "head": f"{HEAD_PREFIX}weight",
-    "head_bias": f"{HEAD_PREFIX}bias",
+    "embedding.tokens": f"{PREFIX}wte.weight",
+    "final_norm.scale": f"{PREFIX}ln_f.weight",
+    "final_norm.offset": f"{PREFIX}ln_f.bias",
+    "head.weight": f"{HEAD_PREFIX}weight",
+    "head.bias": f"{HEAD_PREFIX}bias",
 }
 # What old versions saved beside the weights: the causal mask, and tables that follow from the
 # config. Nothing is learned in them.
@@ -65,14 +65,14 @@ def hf_name(native: str) -> str:
     """Returns transformers' name of a native tensor."""
     if native in _OUTER:
         return _OUTER[native]
-    _, layer, field = native.split(".")
+    _, layer, field = native.split(".", 2)
     return f"{PREFIX}h.{layer}.{_LAYER[field]}"
 
 
 def hf_shapes(model: ModelConfig, key: PartKey) -> dict[str, tuple[int, ...]]:
     """Returns transformers' shape of each of a part's tensors by native name."""
     shapes = native_shapes(model, key)
-    shapes.pop("embedding_bias", None)
+    shapes.pop("embedding.bias", None)
     return {name: _to_hf_shape(name, shape) for name, shape in shapes.items()}
 
 
@@ -110,10 +110,10 @@ def is_buffer(name: str, num_layers: int) -> bool:
 
 
 def _to_hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if name.endswith((".query", ".key", ".value")):
+    if name.endswith((".query.weight", ".key.weight", ".value.weight")):
         N, H, D = shape
         return N * H, D
-    if name.endswith(".attention_out"):
+    if name.endswith(".attention.out.weight"):
         D, N, H = shape
         return D, N * H
     return shape

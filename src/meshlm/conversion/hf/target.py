@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from meshlm.data.tokenizer import Tokenizer
 from meshlm.formats.safetensors import TensorWriter
 from meshlm.formats.tensor import DTYPES, TensorInfo, row_blocks
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import with_embedding_bias
 
 MAX_FILE_BYTES = 4_000_000_000
 _METADATA = {"format": "pt"}  # transformers refuses a file without it
@@ -68,12 +68,12 @@ class HfTarget(Target):
         make_config(model, "float32")  # raises before anything is written
         self.notes = []
         self.group_order: Sequence[Group] = ("params",)
-        self.model = replace(model, embedding_bias=False)
+        self.model = with_embedding_bias(model, False)
         dtypes = {name: info.dtype for name, info in infos.items()}
         matrices = _matrices(dtypes)
         self._common = _FLOAT32 if len(matrices) > 1 else matrices.pop()
-        if model.embedding_bias and len(set(dtypes.values())) > 1:
-            dtypes["embedding"] = _FLOAT32
+        if model.has_bias("embedding") and len(set(dtypes.values())) > 1:
+            dtypes["embedding.tokens"] = _FLOAT32
         self._say(model, dtypes, groups, sidecar)
         self._infos = {
             hf_name(name): TensorInfo(shape=shape, dtype=dtypes[name])
@@ -92,11 +92,11 @@ class HfTarget(Target):
         if group != "params":
             return
         for name in part.tensors:
-            if name == "embedding_bias":
+            if name == "embedding.bias":
                 continue
             info = self._infos[hf_name(name)]
-            if name == "embedding" and "embedding_bias" in part.tensors:
-                bias = part.read("embedding_bias")
+            if name == "embedding.tokens" and "embedding.bias" in part.tensors:
+                bias = part.read("embedding.bias")
                 rows = _fold(part.read(name), bias, info.dtype)
             else:
                 rows = iter([cast(part.read(name), info.dtype, name).reshape(info.shape)])
@@ -125,10 +125,10 @@ class HfTarget(Target):
         groups: Sequence[Group],
         sidecar: Sidecar | None,
     ) -> None:
-        if model.embedding_bias:
+        if model.has_bias("embedding"):
             self.notes.append(
                 "the embedding bias is added to the embedding, as transformers' GPT-J has none: "
-                f"summed in float32, stored as {dtypes['embedding'].name}"
+                f"summed in float32, stored as {dtypes['embedding.tokens'].name}"
             )
         if set(groups) != {"params"}:
             self.notes.append("the optimizer's state is left out: this format has no place for it")
@@ -164,7 +164,7 @@ class HfTarget(Target):
 
 
 def _matrices(dtypes: Mapping[str, np.dtype]) -> set[np.dtype]:
-    small = ("bias", "norm_scale", "norm_offset")
+    small = ("bias", "scale", "offset")
     return {dtype for name, dtype in dtypes.items() if not name.endswith(small)}
 
 
@@ -172,7 +172,7 @@ def _fold(table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype) -> Iterator
     """Yields the table with the bias in every row: summed in float32, then rounded once."""
     bias = bias_D.astype(np.float32)
     for rows in row_blocks(table_VD.shape):
-        yield cast(table_VD[rows].astype(np.float32) + bias, dtype, "embedding")
+        yield cast(table_VD[rows].astype(np.float32) + bias, dtype, "embedding.tokens")
 
 
 def _is_exact(array: np.ndarray, dtype: np.dtype) -> bool:

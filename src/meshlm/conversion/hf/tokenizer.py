@@ -23,7 +23,8 @@ from meshlm.data.tokenizer_folder import (
     find_tokenizer,
 )
 from meshlm.data.tokenizer_json import AddedToken
-from meshlm.model.config import GPT2_VOCAB_SIZE, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.presets import GPT2_VOCAB_SIZE
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")

@@ -12,6 +12,7 @@ from typing import Any
 from meshlm.core import files, strict_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import gpt_j
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -151,7 +152,7 @@ def _model(settings: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: d_model {settings['d_model']} cannot be cut into {settings['n_heads']} heads"
         )
     try:
-        return ModelConfig(
+        return gpt_j(
             num_layers=settings["layers"],
             d_model=settings["d_model"],
             num_heads=settings["n_heads"],

@@ -19,6 +19,7 @@ from meshlm.conversion.source import Group, PartKey
 from meshlm.conversion.table import native_shapes
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import with_embedding_bias
 
 FILES_PER_SHARD = 16
 STEP, ADAM_COUNT, SCHEDULE_COUNT = "step", "adam_count", "schedule_count"
@@ -59,26 +60,26 @@ class Slot:
 
 
 _LAYER: tuple[tuple[str, str, How], ...] = (
-    ("linear/w", "query", "rows"),
-    ("linear_1/w", "value", "rows"),
-    ("linear_2/w", "key", "rows"),
-    ("linear_3/w", "attention_out", "columns"),
-    ("linear_4/b", "ff_in_bias", "rows"),
-    ("linear_4/w", "ff_in", "rows"),
-    ("linear_5/b", "ff_out_bias", "sum"),
-    ("linear_5/w", "ff_out", "columns"),
-    ("replicated_layer_norm/offset", "norm_offset", "first"),
-    ("replicated_layer_norm/scale", "norm_scale", "first"),
+    ("linear/w", "attention.query.weight", "rows"),
+    ("linear_1/w", "attention.value.weight", "rows"),
+    ("linear_2/w", "attention.key.weight", "rows"),
+    ("linear_3/w", "attention.out.weight", "columns"),
+    ("linear_4/b", "feed_forward.up.bias", "rows"),
+    ("linear_4/w", "feed_forward.up.weight", "rows"),
+    ("linear_5/b", "feed_forward.down.bias", "sum"),
+    ("linear_5/w", "feed_forward.down.weight", "columns"),
+    ("replicated_layer_norm/offset", "attention_norm.offset", "first"),
+    ("replicated_layer_norm/scale", "attention_norm.scale", "first"),
 )
 _EMBEDDING = (
-    Leaf("embedding_shard/linear/b", "embedding_bias", "sum"),
-    Leaf("embedding_shard/linear/w", "embedding", "rows"),
+    Leaf("embedding_shard/linear/b", "embedding.bias", "sum"),
+    Leaf("embedding_shard/linear/w", "embedding.tokens", "rows"),
 )
 _HEAD = (
-    Leaf("projection_shard/linear/b", "head_bias", "rows"),
-    Leaf("projection_shard/linear/w", "head", "rows", transposed=True),
-    Leaf("projection_shard/replicated_layer_norm/offset", "final_norm_offset", "first"),
-    Leaf("projection_shard/replicated_layer_norm/scale", "final_norm_scale", "first"),
+    Leaf("projection_shard/linear/b", "head.bias", "rows"),
+    Leaf("projection_shard/linear/w", "head.weight", "rows", transposed=True),
+    Leaf("projection_shard/replicated_layer_norm/offset", "final_norm.offset", "first"),
+    Leaf("projection_shard/replicated_layer_norm/scale", "final_norm.scale", "first"),
 )
 
 
@@ -172,7 +173,7 @@ def files_of(num_leaves: int) -> list[tuple[int, int]]:
 
 def native_shape(model: ModelConfig, slot: Slot) -> tuple[int, ...]:
     """Returns the shape of the native tensor that a leaf is a part of."""
-    with_bias = dataclasses.replace(model, embedding_bias=True)
+    with_bias = with_embedding_bias(model)
     return native_shapes(with_bias, slot.key)[slot.leaf.name]
 
 

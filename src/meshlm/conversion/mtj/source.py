@@ -3,7 +3,6 @@
 The values of a shard never decide what an array is: its place does, and its shape must agree.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import with_embedding_bias
 
 
 def is_mtj(path: Path) -> bool:
@@ -78,7 +78,7 @@ def open_mtj(
 def _make_source(
     path: Path, store: Store, model: ModelConfig, where: str, kept: KeptTokens
 ) -> Source:
-    model = dataclasses.replace(model, embedding_bias=True)
+    model = with_embedding_bias(model)
     try:
         mtj_layout.check_model(model, "give the fitting --config")
         if model.num_heads % store.shards or model.vocab_size % store.shards:

@@ -1,6 +1,5 @@
 """Weights written as the original's checkpoint: shards of unnamed leaves, for any shard count."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from meshlm.data.tokenizer import Tokenizer
 from meshlm.formats.npz_writer import NpzWriter
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
+from meshlm.model.families import with_embedding_bias
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -56,7 +56,7 @@ class MtjTarget(Target):
         """
         mtj_layout.check_model(model, "choose --to meshlm or hf")
         mtj_layout.check_shards(model, shards)
-        self.model = dataclasses.replace(model, embedding_bias=True)
+        self.model = with_embedding_bias(model)
         self._tokens = (tokenizer, special_tokens or SpecialTokens.of(tokenizer))
         self.notes: list[str] = []
         self._layout = mtj_layout.make_layout(model.num_layers, full=len(groups) > 1)

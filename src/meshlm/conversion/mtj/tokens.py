@@ -15,7 +15,8 @@ from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, from_json, load_gpt2
 from meshlm.data.tokenizer_folder import TOKENIZER_FILE
 from meshlm.data.tokenizer_json import MAX_FILE_BYTES
-from meshlm.model.config import GPT2_VOCAB_SIZE, ModelConfig
+from meshlm.model.config import ModelConfig
+from meshlm.model.presets import GPT2_VOCAB_SIZE
 
 SPECIAL_TOKENS_FILE = "special_tokens.json"
 _MAX_BYTES = 1 << 20

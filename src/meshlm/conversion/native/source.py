@@ -19,12 +19,12 @@ from meshlm.conversion.table import native_shapes, part_keys, stacked_name
 from meshlm.core import strict_json
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError
-from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import from_json
 from meshlm.formats.tensor import DTYPES, TensorInfo
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import describe
+from meshlm.model.families import model_from_record
+from meshlm.model.params import weight_table
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -114,7 +114,7 @@ def read_model(files: Mapping[str, bytes], where: str) -> ModelConfig:
     if not isinstance(record, dict) or "model" not in record:
         raise BadInputError(f"{where}/{CONFIG_FILE} tells of no model: use another checkpoint")
     try:
-        return from_dict(ModelConfig, record["model"], f"{where}/{CONFIG_FILE}: model")
+        return model_from_record(record["model"], f"{where}/{CONFIG_FILE}: model")
     except UsageError as error:
         raise BadInputError(f"{where}/{CONFIG_FILE}: {error}") from None
 
@@ -238,7 +238,7 @@ def _check(
 ) -> dict[str, TensorInfo]:
     """Returns the native tensors of a group; raises BadInputError unless they are the model's."""
     prefix = PREFIXES[group]
-    wanted = {name: weight.shape for name, weight in to_named(describe(model)).items()}
+    wanted = {name: weight.shape for name, weight in weight_table(model).items()}
     unknown = [n for n in stored if n.startswith(prefix) and n.removeprefix(prefix) not in wanted]
     if unknown:
         raise BadInputError(f"checkpoint {path}: array {unknown[0]} is none of its model's")

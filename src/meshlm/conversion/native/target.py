@@ -20,12 +20,11 @@ from meshlm.conversion.source import Group, Part, PartKey
 from meshlm.conversion.table import part_keys, stacked_name
 from meshlm.conversion.target import Target
 from meshlm.core.config import to_dict, to_json
-from meshlm.core.tree import to_named
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import describe
+from meshlm.model.params import weight_table
 
 # What a TrainState has beside parameters and moments.
 _COUNTERS = ("step", ADAM_COUNT, "skipped", "skipped_in_a_row")
@@ -64,7 +63,7 @@ class NativeTarget(Target):
             found.setdefault(stacked_name(name)[0], set()).add(info.dtype)
         trains = len(groups) > 1
         self._dtypes = {name: self._choose(name, dtypes) for name, dtypes in found.items()}
-        shapes = {name: weight.shape for name, weight in to_named(describe(model)).items()}
+        shapes = {name: weight.shape for name, weight in weight_table(model).items()}
         arrays = {
             PREFIXES[group] + name: ArrayInfo(shape=shape, dtype=self._dtype(group, name).name)
             for group in groups

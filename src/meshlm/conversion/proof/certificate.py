@@ -228,10 +228,13 @@ def explain(name: str, source: Part, destination: Part, info: TensorInfo | None)
         is_zero = not destination.read(name).any()
         return "zeros: this format always has one" if is_zero else None
     if there is None:
-        return "part of the embedding here" if name == "embedding_bias" else None
+        return "part of the embedding here" if name == "embedding.bias" else None
     bias = None
-    if name == "embedding" and "embedding_bias" in source.tensors.keys() - destination.tensors:
-        bias = source.read("embedding_bias").astype(np.float32)
+    if (
+        name == "embedding.tokens"
+        and "embedding.bias" in source.tensors.keys() - destination.tensors
+    ):
+        bias = source.read("embedding.bias").astype(np.float32)
     between = info.dtype if bias is None else np.dtype(np.float32)
     given, found = source.read(name), destination.read(name)
     for rows in row_blocks(given.shape):

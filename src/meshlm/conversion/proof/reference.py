@@ -60,22 +60,22 @@ _MTJ_HEAD = {
     "head_bias": "linear/b",
 }
 _OWN_LAYER = {
-    "scale": "norm_scale",
-    "offset": "norm_offset",
-    "query": "query",
-    "key": "key",
-    "value": "value",
-    "out": "attention_out",
-    "ff_in": "ff_in",
-    "ff_in_bias": "ff_in_bias",
-    "ff_out": "ff_out",
-    "ff_out_bias": "ff_out_bias",
+    "scale": "attention_norm.scale",
+    "offset": "attention_norm.offset",
+    "query": "attention.query.weight",
+    "key": "attention.key.weight",
+    "value": "attention.value.weight",
+    "out": "attention.out.weight",
+    "ff_in": "feed_forward.up.weight",
+    "ff_in_bias": "feed_forward.up.bias",
+    "ff_out": "feed_forward.down.weight",
+    "ff_out_bias": "feed_forward.down.bias",
 }
 _OWN_HEAD = {
-    "scale": "final_norm_scale",
-    "offset": "final_norm_offset",
-    "head": "head",
-    "head_bias": "head_bias",
+    "scale": "final_norm.scale",
+    "offset": "final_norm.offset",
+    "head": "head.weight",
+    "head_bias": "head.bias",
 }
 
 
@@ -103,9 +103,9 @@ class ReferenceForward:
         if self._kind == "hf":
             return _floats(part.read_raw("transformer.wte.weight")[self._tokens])
         if self._kind == "meshlm":
-            x = _floats(part.read_raw("embedding")[self._tokens])
-            has_bias = "embedding_bias" in part.raw
-            return x + _floats(part.read_raw("embedding_bias")) if has_bias else x
+            x = _floats(part.read_raw("embedding.tokens")[self._tokens])
+            has_bias = "embedding.bias" in part.raw
+            return x + _floats(part.read_raw("embedding.bias")) if has_bias else x
         total, start = np.zeros((len(self._tokens), self._model.d_model), np.float32), 0
         for shard in range(_num_shards(part)):
             module = f"shard_{shard}/embedding_shard/linear"

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshlm.conversion.source import Part
+from meshlm.core.tree import from_named
 from meshlm.formats.tensor import row_blocks
 from meshlm.model import transformer
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Block, Params
+from meshlm.model.params import Embedding, Linear, Norm, weight_tree
 from meshlm.model.transformer import Compute
 
 _BLOCK_NUMBERS = 16 << 20
@@ -48,45 +49,43 @@ class StreamedForward:
 
     def _embed(self, part: Part) -> jax.Array:
         """Looks up in a table of the rows that are needed, and no others."""
-        has_bias = "embedding_bias" in part.tensors
-        rows = np.ascontiguousarray(part.read("embedding")[self._tokens])
-        params = _params(
-            embedding=jnp.asarray(rows),
-            embedding_bias=jnp.asarray(part.read("embedding_bias")) if has_bias else None,
+        rows = np.ascontiguousarray(part.read("embedding.tokens")[self._tokens])
+        has_bias = "embedding.bias" in part.tensors
+        embedding = Embedding(
+            tokens=jnp.asarray(rows),
+            bias=jnp.asarray(part.read("embedding.bias")) if has_bias else None,
         )
         own = jnp.arange(len(rows), dtype=jnp.int32)[None]
-        return transformer.embed(params, own, _FLOAT32)
+        return transformer.embed(embedding, own, _FLOAT32)
 
     def _layer(self, part: Part) -> jax.Array:
         prefix = f"blocks.{part.key}."
-        fields = {}
+        named = {}
         # The largest first: while one is cast it is there twice.
         for name in sorted(part.tensors, key=lambda n: -math.prod(part.tensors[n].shape)):
             stored = jnp.asarray(part.read(name))
-            fields[name.removeprefix(prefix)] = stored.astype(jnp.float32).block_until_ready()
+            named[name.removeprefix(prefix)] = stored.astype(jnp.float32).block_until_ready()
         assert self._x is not None
-        block = Block(**fields)
+        block = from_named(weight_tree(self._model).blocks, named)
         x, _ = transformer.block_forward(self._x, block, self._model, _FLOAT32, self._rotary)
         return x.block_until_ready()
 
     def _head(self, part: Part) -> np.ndarray:
-        norm = _params(
-            final_norm_scale=jnp.asarray(part.read("final_norm_scale")),
-            final_norm_offset=jnp.asarray(part.read("final_norm_offset")),
+        norm = Norm(
+            scale=jnp.asarray(part.read("final_norm.scale")),
+            offset=jnp.asarray(part.read("final_norm.offset")),
         )
         assert self._x is not None
         x = transformer.final_norm(norm, self._model, _FLOAT32, self._x)
-        head, bias = part.read("head"), part.read("head_bias")
+        weight = part.read("head.weight")
+        bias = part.read("head.bias") if "head.bias" in part.tensors else None
         pieces = []
-        for rows in row_blocks(head.shape, _BLOCK_NUMBERS):
-            params = _params(head=jnp.asarray(head[rows]), head_bias=jnp.asarray(bias[rows]))
-            pieces.append(np.asarray(transformer.unembed(params, x, _FLOAT32))[0])
+        for rows in row_blocks(weight.shape, _BLOCK_NUMBERS):
+            head = Linear(
+                weight=jnp.asarray(weight[rows]),
+                bias=None if bias is None else jnp.asarray(bias[rows]),
+            )
+            # The kernels that unstacked weights take: those of decoding.
+            logits = transformer.head_logits(head, x, _FLOAT32, streamed=True)
+            pieces.append(np.asarray(logits)[0])
         return np.concatenate(pieces, axis=1)
-
-
-def _params(**given: jax.Array | None) -> Params:
-    """Returns parameters of which only some are needed, and there."""
-    none = jnp.zeros(())
-    fields = ("embedding", "final_norm_scale", "final_norm_offset", "head", "head_bias")
-    values = dict.fromkeys(fields, none) | given
-    return Params(blocks=(), **values)  # type: ignore[arg-type]
