@@ -1,9 +1,8 @@
 """JSON objects from files and from strangers, read strictly and within bounds.
 
-Python's parser takes more than JSON: NaN and infinities, a key twice (the last one counts), and
-nesting until the stack ends. Here each of these is an error, so that two readers of one file never
-see two things in it. Every module that reads a file of JSON or a request reads it here; a test
-holds this.
+Python's parser accepts more than JSON: NaN and infinities, repeated keys (the last one counts), and
+any depth that fits the stack. Here each of these is an error, so two readers of a file never see
+different content. All files and requests of JSON are parsed here; a test checks this.
 """
 
 import codecs
@@ -29,7 +28,7 @@ _KINDS = {str: "a text", list: "a list", bool: "true or false", type(None): "nul
 
 
 class JsonError(BadInputError):
-    """The bytes are not the JSON that is taken.
+    """The bytes are not an accepted JSON object.
 
     Attributes:
         why: a predicate, such as "is not JSON (not UTF-8 at byte 3)".
@@ -57,9 +56,9 @@ def parse_object(
 
     Args:
         where: name of the file or body, for messages.
-        remedy: what the message ends with.
-        max_bytes: more of them are refused.
-        max_keys: the most that one object may have.
+        remedy: the end of the message.
+        max_bytes: longer data is refused.
+        max_keys: the most keys of one object.
         not_finite: makes a value of NaN, Infinity, -Infinity or a number beyond a float, given as
             text; without it they are refused.
 
@@ -120,7 +119,7 @@ def _parse(data: bytes, max_keys: int | None, not_finite: Callable[[str], Any]) 
 
 
 def _check_depth(data: bytes) -> None:
-    """Raises before anything is built, and before the parser's own stack ends."""
+    """Raises for deep nesting, before a value is built and before the parser's stack is full."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     depth = 0

@@ -39,6 +39,7 @@ from meshlm.data.sample import train_on_sample
 from meshlm.data.store import (
     FORMAT,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     SPLITS,
     TOKENIZER,
     UNFINISHED,
@@ -246,7 +247,7 @@ def _finished(plan: Plan, inputs: Inputs, out: Path) -> Manifest | None:
     path = out / MANIFEST
     if not path.exists():
         return None
-    manifest = parse_manifest(files.read(path), path)
+    manifest = parse_manifest(files.read(path, MAX_MANIFEST_BYTES), path)
     before = [(source.path, source.num_bytes) for source in manifest.sources]
     difference = Plan(options=manifest.options, inputs=before).difference(plan)
     if difference is None:
@@ -280,7 +281,7 @@ def _publish(out: Path, workspace: Workspace) -> Manifest:
     """Moves the finished files to their place, the manifest last; a kill between leaves the rest to
     the next run."""
     ready = workspace.path / MANIFEST
-    manifest = parse_manifest(files.read(ready), ready)
+    manifest = parse_manifest(files.read(ready, MAX_MANIFEST_BYTES), ready)
     (out / MANIFEST).unlink(missing_ok=True)
     files.sync_folder(out)
     for name in manifest.files:

@@ -1,8 +1,8 @@
-"""A `.tar.zst` as a stream of files: one at a time, forwards, nothing on disk.
+"""The files of a `.tar.zst`, one after the other, without unpacking it to disk.
 
-Archives come from strangers. Only folders and plain files are let through, under names that stay
-where they are; what claims to be larger than any checkpoint, or grows more than weights can, is
-refused before it fills the memory or the day.
+Archives come from strangers. Only folders and plain files are accepted, under names that stay
+inside the archive. A file larger than any checkpoint's is refused, and so is an archive that
+inflates to more than weights do.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ MAX_FILE_BYTES = 64 << 30
 MAX_FILES = 100_000
 MAX_WINDOW_BYTES = 1 << 27
 MAX_GROWTH = 100
-"""The archive's bytes become no more than so many times as many, and `FREE_BYTES`. A checkpoint
-whose moments are still zero grows a little more than three times."""
+"""An archive may inflate to this many times its own bytes, plus `FREE_BYTES`. A checkpoint whose
+moments are still zero inflates to a little more than three times its bytes."""
 FREE_BYTES = 64 << 20
 _CHUNK_BYTES = 256 << 10
 _REFUSED_TYPES = {
@@ -37,7 +37,7 @@ _REFUSED_TYPES = {
 
 
 class ArchivedFile(Body):
-    """One file of the archive, front to back."""
+    """One file of an archive, read from front to back."""
 
     def __init__(self, member: Member, name: str, where: str) -> None:
         self.name, self.num_bytes = name, member.num_bytes
@@ -57,11 +57,11 @@ class ArchivedFile(Body):
         return head + rest if head else rest
 
     def give_back(self, data: bytes) -> None:
-        """Undoes the taking of the last bytes."""
+        """Returns the last bytes that were taken to the file."""
         self._returned = data + self._returned
 
     def skip(self, num_bytes: int) -> None:
-        """Passes over the next bytes."""
+        """Skips the next `num_bytes`."""
         while num_bytes:
             step = min(num_bytes, _CHUNK_BYTES)
             self.take(step)
@@ -69,10 +69,10 @@ class ArchivedFile(Body):
 
 
 def archived_files(path: Path) -> Iterator[ArchivedFile]:
-    """Yields the files of an archive in turn; each may be read until the next is asked for.
+    """Yields the files of an archive. Each can be read until the next one is requested.
 
     Raises:
-        BadInputError: the archive is damaged, or has in it what no checkpoint has.
+        BadInputError: the archive is damaged, or holds a member that no checkpoint has.
     """
     where = str(path)
     with files.open_plain(path) as file:
@@ -94,7 +94,7 @@ def archived_files(path: Path) -> Iterator[ArchivedFile]:
 
 
 def _inflated(file: BinaryIO, where: str) -> Chunks:
-    """Yields the bytes of the tar, inflated as they are asked for."""
+    """Yields the inflated bytes of the archive."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     reader = decompressor.stream_reader(file, read_across_frames=True, closefd=False)
     left = FREE_BYTES + MAX_GROWTH * os.fstat(file.fileno()).st_size
@@ -119,7 +119,7 @@ def _inflated(file: BinaryIO, where: str) -> Chunks:
 
 @contextlib.contextmanager
 def _stream_errors(where: str) -> Iterator[None]:
-    """Names the archive in what its stream raises."""
+    """Raises a BadInputError that names the archive for an error of its stream."""
     try:
         yield
     except EOFError:
@@ -133,7 +133,7 @@ def _stream_errors(where: str) -> Iterator[None]:
 
 
 def _checked_name(member: Member, where: str) -> str:
-    """Returns the plain name of a file or folder that may be read."""
+    """Returns the normalised name of a file or folder; raises for any other member."""
     path = PurePosixPath(member.name)
     hidden = "\\" in member.name or not member.name.isprintable()
     if path.is_absolute() or ".." in path.parts or hidden:

@@ -1,7 +1,7 @@
 """The bytes of a weights file, read piece by piece into memory of our own.
 
-Nothing is mapped: a mapped file that is cut while it is read, by a download that begins anew say,
-ends the process with SIGBUS, and no check before the look can rule that out.
+Nothing is mapped. A mapped file that is cut while it is read, for example by a download that begins
+again, ends the process with SIGBUS, and no check before the access can prevent it.
 """
 
 import abc
@@ -16,17 +16,17 @@ from meshlm.core.files import open_descriptor, read_at
 
 
 class Content(abc.ABC):
-    """Bytes of a known number; any range of them can be read, in any thread."""
+    """A known number of bytes; any range of them can be read, from any thread."""
 
     num_bytes: int
 
     @abc.abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns bytes `start` to `stop`, which must be there: uint8, to be taken as read-only."""
+        """Returns bytes `start` to `stop`, which must exist, as a read-only uint8 array."""
 
 
 class MemoryContent(Content):
-    """Bytes in memory; what is read is a view of them."""
+    """Bytes in memory; `read` returns views of them."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = np.frombuffer(data, np.uint8) if len(data) else np.zeros(0, np.uint8)
@@ -37,7 +37,7 @@ class MemoryContent(Content):
 
 
 class FileContent(Content):
-    """Bytes of a file as it was when it was opened; it stays open, and is never mapped."""
+    """The bytes that a file had when it was opened. The file stays open and is not mapped."""
 
     def __init__(self, path: Path) -> None:
         """Raises:
@@ -50,7 +50,7 @@ class FileContent(Content):
         self.num_bytes = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns a range in memory of its own.
+        """Returns a copy of a range.
 
         Raises:
             BadInputError: the file was cut since it was opened.

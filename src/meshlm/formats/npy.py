@@ -1,7 +1,7 @@
-"""Single arrays in numpy's own format, inside an npz: the header strictly, then the bytes.
+"""Single arrays in numpy's format, as members of an npz: a strict header parser, then the bytes.
 
-Only plain arrays of the few dtypes that weights come in are known here. Nothing is unpickled, and
-nothing is allocated before a header has been compared with the length of what follows it.
+Only plain arrays of the dtypes that weights have are read. Nothing is unpickled, and nothing is
+allocated before a header has been compared with the number of bytes that follow it.
 """
 
 import abc
@@ -20,7 +20,7 @@ from meshlm.core.errors import BadInputError
 from meshlm.formats.tensor import row_blocks
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# numpy knows no bfloat16 and writes it as two bytes of anything.
+# numpy has no bfloat16 and writes it as two bytes without a type.
 _DTYPES = {
     "<f4": np.dtype("<f4"),
     "<f2": np.dtype("<f2"),
@@ -42,42 +42,42 @@ _HEADER = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class NpyHeader:
-    """What an array says of itself before its bytes."""
+    """Header of one array."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     fortran: bool
     """The first dim varies fastest."""
     num_bytes: int
-    """Of the header itself."""
+    """Length of the header itself."""
 
     @property
     def data_bytes(self) -> int:
-        """Returns the bytes of the array."""
+        """Returns the length of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Body(abc.ABC):
-    """The bytes of one member of an npz, front to back."""
+    """The bytes of one member of an npz, read from front to back."""
 
     crc = 0
 
     @abc.abstractmethod
     def take(self, num_bytes: int) -> bytes | memoryview:
-        """Returns the next bytes, exactly so many; raises BadInputError where they are missing."""
+        """Returns exactly the next `num_bytes`; raises BadInputError if there are fewer."""
 
     def read(self, num_bytes: int) -> bytes | memoryview:
-        """Returns the next bytes and counts them into `crc`."""
+        """Returns the next `num_bytes` and adds them to the checksum in `crc`."""
         data = self.take(num_bytes)
         self.crc = zlib.crc32(data, self.crc)
         return data
 
 
 def read_header(body: Body, where: str) -> NpyHeader:
-    """Returns the header of an array, having read it and no more.
+    """Returns the header of an array; reads the header only.
 
     Raises:
-        BadInputError: it is none, or of an array that is not plain numbers of a known dtype.
+        BadInputError: there is no header, or its array is not of plain numbers of a known dtype.
     """
     start = bytes(body.read(10))
     if start[:6] != _MAGIC or start[6] not in (1, 2, 3):
@@ -115,7 +115,7 @@ def _parse(header: bytes, num_bytes: int, where: str) -> NpyHeader:
 
 
 def read_into(body: Body, header: NpyHeader, target: np.ndarray) -> None:
-    """Reads an array's bytes into `target`, any view of the header's shape, block by block."""
+    """Reads an array's bytes, block by block, into `target`: any view of the header's shape."""
     shape = header.shape
     if header.fortran:
         shape, target = shape[::-1], target.T
@@ -142,7 +142,7 @@ def write_array(write: Callable[[bytes], object], array: np.ndarray) -> None:
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies a matrix or vector; in tiles, so that a transposed one stays in the cache."""
+    """Copies an array; matrices in tiles, so that a transposed copy stays in the cache."""
     if target.ndim < 2:
         target[...] = source
         return

@@ -1,8 +1,8 @@
 """Files of numpy arrays (`np.savez`), read strictly, one array at a time.
 
 The members are `arr_0.npy`, `arr_1.npy` and so on, stored or deflated. Every size that the file
-states is compared with the file's own length, and a deflated member is inflated to the length that
-its array has and not a byte further, so that no member can ask for more memory than it should.
+states is compared with the file's length. A deflated member is inflated to the length of its array
+and no further, so no member can claim more memory than its array has.
 """
 
 import struct
@@ -21,16 +21,16 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SIZES_FOLLOW = 8
 _SIZES_BYTES = (16, 24)
-"""What follows a member that was written without seeking: checksum and sizes of 4 or 8 bytes."""
+"""Length of the checksum and the sizes (4 or 8 bytes each) after a member written to a stream."""
 _MAX_MEMBERS = 10_000
 _MAX_DIRECTORY_BYTES = 4 << 20
 
 
 class StoredBody(Body):
-    """Bytes that lie as they are in a file."""
+    """The bytes of a stored member."""
 
     def __init__(self, content: Content, start: int, stop: int, where: str) -> None:
-        """They are bytes `start` to `stop` of the file."""
+        """Args: start, stop: where the bytes begin and end in the file."""
         self._content, self._at, self._stop, self._where = content, start, stop, where
 
     def take(self, num_bytes: int) -> memoryview:
@@ -41,12 +41,12 @@ class StoredBody(Body):
 
 
 class DeflatedBody(Body):
-    """Bytes that are inflated as they are asked for, from a body of deflated ones."""
+    """The bytes of a deflated member, inflated when they are taken."""
 
     _STEP = 1 << 16
 
     def __init__(self, source: Body, num_bytes: int, where: str) -> None:
-        """At most `num_bytes` of `source` are deflated ones."""
+        """Args: num_bytes: the most bytes of `source` that are deflated."""
         self._source, self._left, self._where = source, num_bytes, where
         self._inflate = zlib.decompressobj(-15)
         self._tail = b""
@@ -61,7 +61,7 @@ class DeflatedBody(Body):
         return b"".join(parts)
 
     def finish(self) -> bytes:
-        """Returns what was taken from the source beyond the end of the deflated bytes.
+        """Returns the bytes taken from the source after the end of the deflated ones.
 
         Raises:
             BadInputError: they inflate to more than was read.
@@ -72,7 +72,7 @@ class DeflatedBody(Body):
         return self._inflate.unused_data
 
     def _next(self, most: int, at_end: bool = False) -> bytes:
-        """Returns some bytes, or none if that is what inflating a step further gave."""
+        """Returns some bytes; with `at_end`, none if the deflated bytes end here."""
         while True:
             if self._inflate.eof:
                 if at_end:
@@ -101,14 +101,14 @@ class DeflatedBody(Body):
 class _Member:
     start: int
     num_bytes: int
-    """As it lies in the file, deflated or not."""
+    """In the file, deflated or not."""
     deflated: bool
     crc: int
     header: NpyHeader
 
 
 class NpzFile:
-    """The arrays of one file, by number; each is read when it is asked for, and not kept."""
+    """The arrays of one file, by number. Each is read on request and not kept."""
 
     def __init__(self, data: bytes | Content, where: str) -> None:
         """Reads the directory and all headers, no array.
@@ -262,7 +262,7 @@ def _start(content: Content, info: zipfile.ZipInfo, where: str) -> int:
 
 
 class _Buffer:
-    """Content as the file that `zipfile` wants."""
+    """Content with the methods of a file that `zipfile` needs."""
 
     def __init__(self, content: Content) -> None:
         self._content, self._at = content, 0

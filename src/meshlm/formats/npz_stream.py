@@ -1,8 +1,8 @@
 """The arrays of an npz inside an archive, in the order of the file, without its directory.
 
-An npz is a zip, and a zip is read from its end. In a stream the end comes last, so the members are
-followed by their own headers, whose sizes may be missing: what was written to a bucket, as the
-original did, has them after the bytes. An array's own header says how many bytes it has.
+An npz is a zip file, whose directory is at its end. In a stream the directory comes too late, so
+members are found by their local headers. Those of a file that was written to a stream, as
+Mesh-Transformer-JAX wrote to buckets, lack the sizes; the array's own header has them.
 """
 
 import struct
@@ -26,10 +26,10 @@ _ZIP64 = 0xFFFFFFFF
 
 
 class StreamedArray:
-    """One array of a stream; its bytes are read now or never."""
+    """One array of a stream. It can be read until the next one is requested."""
 
     def __init__(self, file: ArchivedFile, where: str) -> None:
-        """Reads the header of the zip's member and of the array, after the signature."""
+        """Reads the headers of the member, after its signature, and of the array."""
         _, flags, method, _, _, crc, deflated_bytes, num_bytes, name_bytes, extra_bytes = (
             struct.unpack("<5H3I2H", file.take(26))
         )
@@ -67,7 +67,7 @@ class StreamedArray:
         self._was_read = True
 
     def finish(self) -> None:
-        """Goes to the member's end.
+        """Reads to the end of the member and checks it.
 
         Raises:
             BadInputError: it does not end where it should, or is not as it was written.
@@ -96,7 +96,7 @@ class StreamedArray:
 
 
 class _Stored(Body):
-    """The file's own bytes, with a checksum of their own."""
+    """The bytes of a stored member."""
 
     def __init__(self, file: ArchivedFile) -> None:
         self._file = file

@@ -49,11 +49,11 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Tensors:
-    """The tensors of one file. Each is read when it is asked for, and not kept.
+    """The tensors of one file. Each is read on request and not kept.
 
     Attributes:
         infos: shape and dtype by name, in the order of their bytes.
-        metadata: the file's own remarks.
+        metadata: the texts in the file's `__metadata__`.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -63,7 +63,7 @@ class Tensors:
         """Args: content: the whole file. where: its name, for messages.
 
         Raises:
-            BadInputError: this is no safetensors file, or its header lies.
+            BadInputError: this is not a safetensors file, or its header contradicts its bytes.
         """
         header, start = _parse_header(content, where)
         self.metadata = _check_metadata(header.pop(_METADATA, {}), where)

@@ -1,8 +1,8 @@
 """Tar archives (V7, ustar, GNU and pax), read as a stream.
 
-Archives come from strangers. A number is digits and nothing else, no header is longer than a
-mebibyte, and a damaged header is not taken for the archive's end, as tarfile takes it. What may be
-done with a member is the caller's to decide: every one is yielded, whatever its type and name.
+Archives come from strangers. Numbers are digits only, headers are at most a mebibyte long, and a
+damaged header is an error; the standard library's tarfile takes it for the end of the archive. All
+members are yielded, whatever their type and name: the caller decides which to accept.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar, "Basic Tar Format".
 """
@@ -14,7 +14,7 @@ from meshlm.formats.byte_source import ByteSource, Chunks, DamagedStreamError, R
 
 BLOCK_BYTES = 512
 FILE, FOLDER, VOLUME_PART = b"0", b"5", b"M"
-# Their content is none, whatever size their header states: links, devices, folders, pipes.
+# Links, devices, folders and pipes have no content, whatever size their header states.
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", FOLDER, b"6")
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_NUMBER = 1 << 63
@@ -22,12 +22,12 @@ _PAX_LENGTH = re.compile(rb"([0-9]{1,7}) ")
 
 
 class Member:
-    """A member of an archive; its content may be read until the next member is asked for.
+    """A member of an archive. Its content can be read until the next member is requested.
 
     Attributes:
         name: bytes that are not UTF-8 are surrogates, as `os.fsdecode` gives them.
         kind: the type flag of its header; `FILE` for every form of a plain file.
-        num_bytes: as stated. Only files, and members of types that are not known, have content.
+        num_bytes: as stated. Only files and members of unknown types have content.
     """
 
     def __init__(self, source: ByteSource, name: str, kind: bytes, num_bytes: int) -> None:
@@ -38,24 +38,24 @@ class Member:
 
     @property
     def left(self) -> int:
-        """Returns the bytes of the content that have not been taken."""
+        """Returns the number of bytes of content that were not taken yet."""
         return self._left
 
     def take(self, num_bytes: int) -> bytes:
-        """Returns the next bytes, of which there must be so many."""
+        """Returns the next `num_bytes`, which must be left."""
         assert num_bytes <= self._left
         self._left -= num_bytes
         return self._source.take(num_bytes)
 
     def chunks(self) -> Chunks:
-        """Yields what is left of the content."""
+        """Yields the rest of the content."""
         parts = self._source.parts(self._left)
         for part in parts:
             self._left -= len(part)
             yield part
 
     def finish(self) -> None:
-        """Passes over what is left of the content, and what fills its last block."""
+        """Skips the rest of the content and the padding of its last block."""
         for _ in self.chunks():
             pass
         self._source.take(self._padding)
@@ -71,10 +71,10 @@ def is_header(block: bytes) -> bool:
 
 
 def tar_members(source: ByteSource) -> Iterator[Member]:
-    """Yields each member of a tar archive, and of the archives that follow its end.
+    """Yields each member of a tar archive, and of archives that are concatenated to it.
 
-    `tar` itself would leave the latter out. Global pax headers are passed over: a name or a size
-    for all members makes no sense.
+    `tar` itself ignores the latter. Global pax headers are skipped: one name or one size for all
+    members makes no sense.
 
     Raises:
         EOFError: the archive stops before its end mark.
@@ -143,7 +143,7 @@ def _header_body(source: ByteSource, size: int) -> bytes:
 
 
 def _check_sum(header: bytes) -> None:
-    """Raises where the sum of the bytes is not as stated; old tars took them as signed ones."""
+    """Raises unless the sum of the bytes is as stated; old programs add them as signed numbers."""
     rest, stated = header[:148] + b" " * 8 + header[156:], _octal(header[148:156])
     difference = sum(rest) - stated
     if difference and difference != 256 * sum(byte >= 0x80 for byte in rest):
@@ -163,7 +163,7 @@ def _octal(field: bytes) -> int:
 
 
 def _number(digits: str, base: int) -> int:
-    """Returns the number; int() alone would take signs, underscores and digits without end."""
+    """Returns the number; int() would also accept signs, underscores and any number of digits."""
     if not re.fullmatch(r"[0-7]{1,20}" if base == 8 else r"[0-9]{1,20}", digits):
         raise DamagedStreamError("a tar header has a malformed number")
     return _bounded(int(digits, base))
@@ -176,7 +176,7 @@ def _bounded(number: int) -> int:
 
 
 def _plain(kind: bytes, name: str) -> bytes:
-    """Returns the type, with one flag for plain files: V7's, and contiguous ones."""
+    """Returns the type flag; `FILE` also for plain files of V7 and for contiguous files."""
     if kind == b"\0":
         return FOLDER if name.endswith("/") else FILE
     return FILE if kind == b"7" else kind

@@ -1,4 +1,4 @@
-"""A tensor before it is read, and some of its rows at a time."""
+"""Shape and dtype of a tensor, and the rows of an array, some at a time."""
 
 import dataclasses
 import math
@@ -14,19 +14,19 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 BLOCK_NUMBERS = 1 << 20
-"""The numbers that are read, written, copied or compared at a time."""
+"""Numbers that are read, written, copied or compared at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """A tensor before it is read."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory and in a file."""
+        """Returns its bytes in memory and in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
