@@ -61,8 +61,8 @@ def make(folder: Path, preset: str) -> None:
     import numpy as np
 
     from meshlm.conversion.hf.target import HfTarget
+    from meshlm.conversion.parts import native_shapes, part_keys, stacked_name
     from meshlm.conversion.source import Part
-    from meshlm.conversion.table import native_shapes, part_keys, stacked_name
     from meshlm.core.tree import to_named
     from meshlm.data.tokenizer import load_gpt2
     from meshlm.formats.tensor import TensorInfo

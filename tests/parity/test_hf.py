@@ -29,9 +29,9 @@ from meshlm.conversion.hf.pickled import write_safetensors
 from meshlm.conversion.hf.source import open_hf
 from meshlm.conversion.hf.target import HfTarget
 from meshlm.conversion.opening import open_source
+from meshlm.conversion.parts import part_keys, stacked_name
 from meshlm.conversion.proof.record import check_all
 from meshlm.conversion.source import Source
-from meshlm.conversion.table import part_keys, stacked_name
 from meshlm.core.errors import BadInputError
 from meshlm.core.tree import from_named
 from meshlm.data.special_tokens import SpecialTokens

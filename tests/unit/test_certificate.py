@@ -48,7 +48,7 @@ def reason(name: str, source: DictPart, destination: DictPart, dtype=None) -> st
     info = source.tensors.get(name)
     if info is not None and dtype is not None:
         info = TensorInfo(shape=info.shape, dtype=dtype)
-    return explain(name, source, destination, info)
+    return explain(name, source, destination, info, {"embedding.bias": "embedding.tokens"})
 
 
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, max_side=9)))

@@ -19,9 +19,9 @@ from meshlm.api import served
 from meshlm.conversion.convert import convert
 from meshlm.conversion.hf import target as hf_target
 from meshlm.conversion.hf.config import read_config
-from meshlm.conversion.hf.names import hf_name, hf_shapes
+from meshlm.conversion.hf.gptj import TABLE
 from meshlm.conversion.opening import open_source
-from meshlm.conversion.table import part_keys
+from meshlm.conversion.parts import part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.core.sharding import use_mesh
 from meshlm.data.prepare import PrepareConfig, prepare
@@ -79,9 +79,9 @@ def write(folder: Path, files: dict[str, Any] = FILES, **config: Any) -> Path:
     """Writes a Hugging Face folder of random weights that always say `<|say|>`."""
     rng = np.random.default_rng(0)
     tensors = {
-        hf_name(name): rng.normal(0, 0.1, shape).astype(np.float32)
+        row.outside: rng.normal(0, 0.1, shape).astype(np.float32)
         for key in part_keys(MODEL)
-        for name, shape in hf_shapes(MODEL, key).items()
+        for row, shape in TABLE.shapes(MODEL, key)
     }
     tensors["lm_head.bias"][SAYS] = 100
     shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 64, "rotary_dim": 4}

@@ -21,11 +21,11 @@ from meshlm.conversion.cast import cast
 from meshlm.conversion.convert import convert
 from meshlm.conversion.finite import Place, check_finite, is_finite
 from meshlm.conversion.hf.config import make_config
-from meshlm.conversion.hf.names import hf_name, hf_shapes
+from meshlm.conversion.hf.gptj import TABLE
 from meshlm.conversion.hf.source import open_hf
 from meshlm.conversion.loading import load_stacked
 from meshlm.conversion.native.source import open_native
-from meshlm.conversion.table import part_keys
+from meshlm.conversion.parts import part_keys
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError
 from meshlm.core.sharding import MeshConfig
@@ -53,9 +53,9 @@ TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 def make_tensors(dtype=np.float32, scale: float = 0.1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
-        hf_name(name): (scale * rng.standard_normal(shape)).astype(dtype)
+        row.outside: (scale * rng.standard_normal(shape)).astype(dtype)
         for key in part_keys(MODEL)
-        for name, shape in hf_shapes(MODEL, key).items()
+        for row, shape in TABLE.shapes(MODEL, key)
     }
 
 

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 
 import original
 from meshlm.conversion.cast import CastPart
+from meshlm.conversion.mtj.shares import Shares
 from meshlm.conversion.mtj.source import is_mtj, open_mtj
-from meshlm.conversion.mtj.target import MtjTarget, make_shares
+from meshlm.conversion.mtj.target import MtjTarget
+from meshlm.conversion.parts import part_keys
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.source import Source
-from meshlm.conversion.table import part_keys
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.formats import archive
 from meshlm.formats.tensor import TensorInfo
@@ -225,7 +226,7 @@ def test_new_shards_are_as_the_original_leaves_them(tmp_path):
 )
 def test_shares_sum_to_the_bias(total, shards, dtype):
     bias = np.array(total, np.float32)
-    shares = make_shares(bias, shards, dtype)
+    shares = Shares().split(bias, shards, dtype)
     assert len(shares) == shards
     assert len({share.dtype for share in shares}) == 1
     assert sum(np.asarray(share, np.float64) for share in shares).tolist() == bias.tolist()

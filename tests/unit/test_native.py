@@ -19,9 +19,9 @@ from meshlm.conversion.native import source as native
 from meshlm.conversion.native.source import find_checkpoint, is_native, open_native, read_model
 from meshlm.conversion.native.target import NativeTarget
 from meshlm.conversion.opening import open_source, read_model_config
+from meshlm.conversion.parts import stacked_name
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.conversion.source import Source
-from meshlm.conversion.table import stacked_name
 from meshlm.core.config import to_dict, to_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.tree import cast_floating, to_named

@@ -14,11 +14,11 @@ import pytest
 
 from meshlm.cli.main import main
 from meshlm.conversion.hf.config import make_config
-from meshlm.conversion.hf.names import hf_name, hf_shapes
+from meshlm.conversion.hf.gptj import TABLE
 from meshlm.conversion.hf.source import HfSource
 from meshlm.conversion.opening import open_source
+from meshlm.conversion.parts import part_keys
 from meshlm.conversion.source import Source
-from meshlm.conversion.table import part_keys
 from meshlm.core.errors import BadInputError, MeshLMError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer_folder import read_tokenizer
@@ -38,9 +38,9 @@ MODEL = gpt_j(
 ORIGINAL = Path(__file__).parents[1] / "fixtures/mtj/dev_s4_distinct/slim"
 RNG = np.random.default_rng(0)
 TENSORS = {
-    hf_name(name): RNG.standard_normal(shape).astype(np.float32)
+    row.outside: RNG.standard_normal(shape).astype(np.float32)
     for key in part_keys(MODEL)
-    for name, shape in hf_shapes(MODEL, key).items()
+    for row, shape in TABLE.shapes(MODEL, key)
 }
 CONFIG = json.dumps(make_config(MODEL, "float32", SpecialTokens(eos_token_ids=(20,))))
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 24207819307\n"
@@ -96,8 +96,10 @@ def assert_is_the_model(path: Path) -> HfSource:
     source = open_source(path)
     assert isinstance(source, HfSource)
     found = read_all(source)
-    for name, array in found.items():
-        assert np.array_equal(array.ravel(), TENSORS[hf_name(name)].ravel()), name
+    for key in part_keys(MODEL):
+        for name, row in TABLE.rows(key).items():
+            assert np.array_equal(found.pop(name).ravel(), TENSORS[row.outside].ravel()), name
+    assert not found
     return source
 
 

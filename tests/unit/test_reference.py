@@ -13,11 +13,11 @@ import pytest
 import gptj_float64
 import tiny
 from meshlm.conversion.opening import open_source
+from meshlm.conversion.parts import native_names, part_keys, stacked_name
 from meshlm.conversion.proof import reference, streamed
 from meshlm.conversion.proof.reference import ReferenceForward
 from meshlm.conversion.proof.streamed import StreamedForward
 from meshlm.conversion.source import Part
-from meshlm.conversion.table import native_names, part_keys, stacked_name
 from meshlm.core.tree import from_named, to_named
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.families import with_embedding_bias

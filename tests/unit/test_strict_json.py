@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlm import checkpoint
-from meshlm.conversion.hf.config import read_json
+from meshlm.conversion.hf.json_files import read_json
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.strict_json import MAX_DEPTH, JsonError, parse_object, read_object
 from meshlm.data.store import read_manifest

@@ -20,13 +20,13 @@ from meshlm.conversion.mtj.source import open_mtj
 from meshlm.conversion.mtj.target import MtjTarget
 from meshlm.conversion.native.target import NativeTarget
 from meshlm.conversion.opening import open_source
+from meshlm.conversion.parts import PartKey, part_of
 from meshlm.conversion.proof import certificate as certificates
 from meshlm.conversion.proof.certificate import CERTIFICATE_FILE, Certificate, RawTensor
 from meshlm.conversion.proof.record import find_record
 from meshlm.conversion.proof.reference import ReferenceForward
 from meshlm.conversion.proof.streamed import StreamedForward
-from meshlm.conversion.source import Group, Kind, Part, PartKey, Source
-from meshlm.conversion.table import stacked_name
+from meshlm.conversion.source import Group, Kind, Part, Source
 from meshlm.conversion.target import Target
 from meshlm.core import files
 from meshlm.core.errors import BadInputError, MeshLMError
@@ -102,17 +102,16 @@ class _Plan:
         rounds = any(
             infos[name].dtype not in (_FLOAT32, info.dtype) for name, info in source.infos.items()
         )
-        folds = to == "hf" and source.model.has_bias("embedding")
+        added = _TARGETS[to].added.keys() & infos.keys()
         if rounds and len(groups) > 1:
             groups = ("params",)
             notes.append(
                 f"Adam's moments are left out: they belong to weights before --dtype {dtype}"
             )
-        if folds and dtype is None:
-            # So the table that it is added to becomes float32, and nothing is rounded.
-            info = infos["embedding.bias"]
-            infos["embedding.bias"] = dataclasses.replace(info, dtype=_FLOAT32)
-        is_lossy = rounds or (folds and dtype not in (None, "float32"))
+        if dtype is None:
+            # So the matrix that each is added to becomes float32, and nothing is rounded.
+            infos |= {n: dataclasses.replace(infos[n], dtype=_FLOAT32) for n in added}
+        is_lossy = rounds or (bool(added) and dtype not in (None, "float32"))
         return cls(to=to, dtype=dtype, infos=infos, groups=groups, is_lossy=is_lossy, notes=notes)
 
     @property
@@ -231,14 +230,15 @@ class _Conversion:
         differing: dict[tuple[Group, PartKey], list[str]] = {}
         for group, name in found.keys() | self._given.keys():
             if found.get((group, name)) != self._given.get((group, name)):
-                differing.setdefault((group, _part_of(name)), []).append(name)
+                differing.setdefault((group, part_of(name)), []).append(name)
         reasons = {}
         for (group, key), names in sorted(differing.items(), key=str):
             here = next(iter(self._source.parts(group, [key])))
             there = next(iter(written.parts(group, [key])))
             for name in sorted(names):
                 info = self._infos(group, here).get(name)
-                reason = certificates.explain(name, here, there, info)
+                added = _TARGETS[written.kind].added
+                reason = certificates.explain(name, here, there, info, added)
                 if reason is None:
                     raise MeshLMError(
                         f"the conversion changed {name} ({group}): what was written is not what "
@@ -280,6 +280,9 @@ class _GivenPart(Part):
         return self._part.read_raw(name)
 
 
+_TARGETS: dict[Kind, type[Target]] = {"meshlm": NativeTarget, "hf": HfTarget, "mtj": MtjTarget}
+
+
 def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Target:
     common: dict[str, Any] = {
         "model": source.model,
@@ -300,10 +303,3 @@ def _make_target(source: Source, plan: _Plan, folder: Path, shards: int) -> Targ
         common["sidecar"] = None
         plan.notes.append("sidecar dropped: it is of the weights before --dtype")
     return NativeTarget(folder, facts={"format": source.kind, "path": str(source.path)}, **common)
-
-
-def _part_of(name: str) -> PartKey:
-    _, layer = stacked_name(name)
-    if layer is not None:
-        return layer
-    return "embedding" if name.startswith("embedding") else "head"

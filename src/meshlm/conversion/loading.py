@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from meshlm.conversion.cast import cast
 from meshlm.conversion.finite import check_finite
+from meshlm.conversion.parts import stacked_name, weight_of
 from meshlm.conversion.source import Group, Part, Source
-from meshlm.conversion.table import stacked_name, weight_of
 from meshlm.core.sharding import sharding_of
 from meshlm.core.tree import from_named, to_named
 from meshlm.formats.tensor import TensorInfo
-from meshlm.model.params import Params, weight_tree
+from meshlm.model.params import Params, weight_table, weight_tree
 from meshlm.model.quantize import quantise_weight
 
 
@@ -77,7 +77,7 @@ def load_stacked(
 ) -> Params:
     """Returns weights or moments as training has them: layers stacked, float32, sharded.
 
-    An embedding bias that the source does not have is zero. The host holds everything for a moment.
+    A bias that the source's model does not have is zero. The host holds everything for a moment.
 
     Args:
         abstract: their shapes and shardings.
@@ -88,8 +88,8 @@ def load_stacked(
     """
     named = to_named(abstract)
     whole: dict[str, Any] = {n: np.empty(leaf.shape, np.float32) for n, leaf in named.items()}
-    if not source.model.has_bias("embedding") and "embedding.bias" in whole:
-        whole["embedding.bias"][...] = 0
+    for name in whole.keys() - weight_table(source.model).keys():
+        whole[name][...] = 0
     for part in source.parts(group):
         for name in part.tensors:
             stacked, layer = stacked_name(name)

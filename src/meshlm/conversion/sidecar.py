@@ -16,6 +16,8 @@ from meshlm.core.errors import BadInputError
 from meshlm.formats import safetensors
 
 SIDECAR_FILE = "mtj.safetensors"
+STEP, ADAM_COUNT, SCHEDULE_COUNT = "step", "adam_count", "schedule_count"
+"""The counts of every shard, by their names in `Sidecar.arrays`."""
 _FORMAT = "meshlm-mtj-sidecar"
 _VERSION = "1"
 

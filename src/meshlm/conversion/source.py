@@ -1,9 +1,8 @@
 """What the formats have in common: a model comes in parts, and a part's tensors one at a time.
 
-A part is the embedding, one layer, or the head with the final norm. Every tensor has a native name,
-the one in `model.params.Params` with the layer's number in it (`blocks.3.attention.query.weight`),
-and the native shape, without the leading dim of layers. Beside these a part has its raw tensors: as
-its files have them, under the names that its format uses; the certificate computes from them.
+A part is the embedding, one layer, or the head with the final norm. Every tensor has its native
+name and shape (`parts.py`). Beside these a part has its raw tensors: as its files have them, under
+the names that its format uses; the certificate computes from them.
 
 Nothing here holds more than one tensor: `read` gives an array, which the caller drops before it
 reads the next one.
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from meshlm.conversion.finite import Place, check_finite
+from meshlm.conversion.parts import PartKey
 from meshlm.conversion.sidecar import Sidecar
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
@@ -26,7 +26,6 @@ from meshlm.model.config import ModelConfig
 Kind = Literal["meshlm", "hf", "mtj"]
 Group = Literal["params", "mu", "nu"]
 """The weights, and Adam's two moments of each of them."""
-PartKey = int | Literal["embedding", "head"]
 
 
 class Part(abc.ABC):

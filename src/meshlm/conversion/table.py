@@ -1,47 +1,72 @@
-"""The native tensors of a model, by part."""
+"""Tables: which tensor of a format each native tensor of a family is, and in which layout.
 
-from meshlm.conversion.source import PartKey
+A family of models has one table in each foreign format. Reading and writing both go by it, and what
+it does not say comes from the model's description: shapes, and the order of the native tensors.
+To add a family, write its table beside that of GPT-J (`hf/gptj.py`, `mtj/table.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from meshlm.conversion.layout import Layout, Shape
+from meshlm.conversion.parts import PartKey, native_shapes, part_of
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Weight, layer_table, weight_table
+
+_LAYER = "{layer}"
 
 
-def native_names(model: ModelConfig, key: PartKey) -> list[str]:
-    """Returns the native names of a part's tensors."""
-    return list(native_shapes(model, key))
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One native tensor. In the names of a layer's, `{layer}` stands for the number."""
+
+    outside: str
+    """Its name in the format."""
+    native: str
+    layout: Layout
+    moments: Layout | None = None
+    """The layout of Adam's moments of it, where that is another."""
 
 
-def native_shapes(model: ModelConfig, key: PartKey) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each of a part's tensors by native name."""
-    if isinstance(key, int):
-        weights = layer_table(model).items()
-        return {f"blocks.{key}.{name}": weight.shape for name, weight in weights}
-    others = ("blocks.",) if key == "embedding" else ("blocks.", "embedding.")
-    return {
-        name: weight.shape
-        for name, weight in weight_table(model).items()
-        if not name.startswith(others) and (key == "head" or name.startswith("embedding."))
-    }
+class Table:
+    """The rows of a family, in the order of the format."""
 
+    def __init__(self, *rows: Row, added: Mapping[str, str] | None = None) -> None:
+        """Args:
+        added: the native vectors that the format has no tensor for, each by the native matrix to
+            whose rows it is added.
+        """
+        self.added: Mapping[str, str] = added or {}
+        self._of_layers = tuple(row for row in rows if _LAYER in row.native)
+        self._others = tuple(row for row in rows if _LAYER not in row.native)
 
-def part_keys(model: ModelConfig) -> list[PartKey]:
-    """Returns the parts in the order of the forward pass."""
-    return ["embedding", *range(model.num_layers), "head"]
+    def rows(self, key: PartKey) -> dict[str, Row]:
+        """Returns the rows of a part by native name, in the order of the format."""
+        if not isinstance(key, int):
+            return {row.native: row for row in self._others if part_of(row.native) == key}
+        number = str(key)
+        rows = (
+            dataclasses.replace(
+                row,
+                outside=row.outside.replace(_LAYER, number),
+                native=row.native.replace(_LAYER, number),
+            )
+            for row in self._of_layers
+        )
+        return {row.native: row for row in rows}
 
+    def count(self, num_layers: int) -> int:
+        """Returns the number of tensors that a model has in the format."""
+        return len(self._others) + num_layers * len(self._of_layers)
 
-def weight_of(model: ModelConfig, name: str) -> Weight:
-    """Returns the declaration of a native tensor; of one layer's, without the dim of layers."""
-    stacked, layer = stacked_name(name)
-    weight = weight_table(model)[stacked]
-    return weight if layer is None else weight.of_layer
+    def shapes(self, model: ModelConfig, key: PartKey) -> list[tuple[Row, Shape]]:
+        """Returns the rows of a part, each with the shape of its tensor in the format.
 
-
-def stacked_name(name: str) -> tuple[str, int | None]:
-    """Returns the name in `Params` and the layer, or (name, None) outside the layers.
-
-    `blocks.3.attention.query.weight` is layer 3 of `blocks.attention.query.weight`.
-    """
-    room, _, rest = name.partition(".")
-    if room != "blocks":
-        return name, None
-    layer, _, field = rest.partition(".")
-    return f"blocks.{field}", int(layer)
+        They are in the order of the description, without what is added to another tensor. For a
+        format that does not cut its tensors into shards.
+        """
+        rows = self.rows(key)
+        return [
+            (rows[name], rows[name].layout.array_shape(shape))
+            for name, shape in native_shapes(model, key).items()
+            if name not in self.added
+        ]

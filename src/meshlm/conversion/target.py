@@ -1,9 +1,11 @@
 """What every format has to do to be written: take a model's parts one after the other."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-from meshlm.conversion.source import Group, Kind, Part, PartKey
+from meshlm.conversion.parts import PartKey
+from meshlm.conversion.source import Group, Kind, Part
 from meshlm.model.config import ModelConfig
 
 
@@ -11,6 +13,9 @@ class Target(abc.ABC):
     """A folder being written in one of the formats."""
 
     kind: Kind
+    added: ClassVar[Mapping[str, str]] = {}
+    """The native vectors that the format has no tensor for, each by the native matrix to whose rows
+    it is added."""
     model: ModelConfig
     """The shape as it reads back: without an embedding bias where the format has none."""
     group_order: Sequence[Group]

@@ -7,78 +7,19 @@ Source: transformers 5.23, models/gptj/configuration_gptj.py and configuration_u
 
 import dataclasses
 import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from meshlm.core import strict_json
-from meshlm.core.errors import BadInputError, UsageError
+from meshlm.conversion.hf import gptj
+from meshlm.conversion.hf.json_files import bad_config, read_json, show
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.config import ModelConfig
-from meshlm.model.families import gpt_j
 
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
-MAX_JSON_BYTES = 4 << 20
-ROTARY_BASE = 10_000.0
-"""The one base that transformers has for GPT-J."""
-
-# What transformers takes where the key is left out.
-_SHAPE: dict[str, Any] = {
-    "vocab_size": 50_400,
-    "n_positions": 2048,
-    "n_embd": 4096,
-    "n_layer": 28,
-    "n_head": 16,
-    "rotary_dim": 64,
-    "n_inner": None,
-    "layer_norm_epsilon": 1e-5,
-}
-_ALIASES = {
-    "max_position_embeddings": "n_positions",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
-_MAX_SIZE = 1 << 31
 _MAX_END_IDS = 1000
 _NO_SPECIAL_TOKENS = SpecialTokens()
-_MAX_LAYERS = 10_000
 _SHOWN_KEYS = 30
-_MODEL_TYPE = "gptj"
-# A model that was saved for another task has another head, or none.
-_ARCHITECTURES = {"GPTJForCausalLM", "FlaxGPTJForCausalLM", "TFGPTJForCausalLM", "GPTJModel"}
-
-# The values at which a key that can change the numbers changes nothing: the tanh GELU by all its
-# names, and what the GPT-2 family and the rotary models have beside GPT-J.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"),
-    "add_cross_attention": (False,),
-    "auto_map": (None, {}),
-    "cross_attention_hidden_size": (None,),
-    "is_encoder_decoder": (False,),
-    "layer_types": (None,),
-    "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "reorder_and_upcast_attn": (False,),
-    "rope_parameters": (
-        None,
-        {},
-        {"rope_type": "default"},
-        {"rope_theta": ROTARY_BASE, "rope_type": "default"},
-    ),
-    "rope_scaling": (None,),
-    "rope_theta": (ROTARY_BASE,),
-    "rotary": (True,),
-    "rotary_emb_base": (ROTARY_BASE,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "scale_attn_weights": (True,),
-    "sliding_window": (None,),
-    "tie_encoder_decoder": (False,),
-    "tie_word_embeddings": (False,),
-}
-
 # Training, tasks, the form of the output, the way it is computed, where a file came from, and what
 # other programs keep there for themselves: transformers' GPT-J reads none of them for its numbers.
 _HARMLESS = """
@@ -126,24 +67,6 @@ class HfConfig:
     """Its ids alone."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a small JSON file.
-
-    Raises:
-        UsageError: there is no such file.
-        BadInputError: it is too large, or not an object whose keys occur once.
-    """
-    try:
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file")
-        # transformers writes NaN and Infinity: a setting that has one is named, or is of no effect.
-        return strict_json.read_object(
-            path, max_bytes=MAX_JSON_BYTES, remedy="get the file again", not_finite=float
-        )
-    except OSError as error:
-        raise BadInputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def read_config(path: Path) -> HfConfig:
     """Returns what a config.json says.
 
@@ -153,19 +76,10 @@ def read_config(path: Path) -> HfConfig:
     """
     config = read_json(path)
     kind = config.pop("model_type", None)
-    if kind != _MODEL_TYPE:
-        raise _bad(path, f"model_type is {_show(kind)}: MeshLM reads {_MODEL_TYPE!r} only")
+    if kind != gptj.MODEL_TYPE:
+        raise bad_config(path, f"model_type is {show(kind)}: MeshLM reads {gptj.MODEL_TYPE!r} only")
     _check_architectures(path, config.pop("architectures", None))
-    for alias, name in _ALIASES.items():
-        if alias in config:
-            value = config.pop(alias)
-            if config.setdefault(name, value) != value:
-                raise _bad(path, f"{alias} and {name} differ: delete the wrong one")
-    shape = {name: config.pop(name, default) for name, default in _SHAPE.items()}
-    model = _to_model(path, shape)
-    # Written by other programs: it must be what GPT-J's is, all heads sharing d_model.
-    if config.pop("head_dim", model.head_dim) != model.head_dim:
-        raise _bad(path, "head_dim is not n_embd / n_head, which transformers' GPT-J cannot have")
+    model = gptj.pop_model(path, config)
     _check_neutral(path, config)
     tokenizer_class = config.get("tokenizer_class")
     return HfConfig(
@@ -226,11 +140,11 @@ def _special_tokens(path: Path, config: Mapping[str, Any]) -> SpecialTokens:
         *((name, [found[name]]) for name in ("bos_token_id", "pad_token_id")),
     ):
         if any(value is not None and type(value) is not int for value in values):
-            raise _bad(path, f"{name} is {_show(config[name])}, which is no token id")
+            raise bad_config(path, f"{name} is {show(config[name])}, which is no token id")
     if None in ids:
-        raise _bad(path, f"eos_token_id is {_show(ends)}, which is no list of token ids")
+        raise bad_config(path, f"eos_token_id is {show(ends)}, which is no list of token ids")
     if len(ids) > _MAX_END_IDS:
-        raise _bad(path, f"eos_token_id has {len(ids):,} ids, over {_MAX_END_IDS}")
+        raise bad_config(path, f"eos_token_id has {len(ids):,} ids, over {_MAX_END_IDS}")
     return SpecialTokens(**found)
 
 
@@ -242,93 +156,27 @@ def make_config(
     Raises:
         UsageError: the shape is not one that transformers' GPT-J can have.
     """
-    if model.rotary_base != ROTARY_BASE:
-        raise UsageError(
-            f"rotary_base is {model.rotary_base}: transformers' GPT-J has {ROTARY_BASE} only, and "
-            "its config.json has no key for it; convert --to meshlm"
-        )
-    if model.head_dim * model.num_heads != model.d_model:
-        raise UsageError(
-            f"{model.num_heads} heads of {model.head_dim} are not d_model ({model.d_model}), as "
-            "transformers' GPT-J needs; convert --to meshlm"
-        )
-    return {
-        "activation_function": "gelu_new",
-        "architectures": ["GPTJForCausalLM"],
-        "attn_pdrop": 0.0,
-        "dtype": dtype,
-        "embd_pdrop": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": model.layer_norm_epsilon,
-        "model_type": _MODEL_TYPE,
-        "n_embd": model.d_model,
-        "n_head": model.num_heads,
-        "n_inner": None if model.d_ff == 4 * model.d_model else model.d_ff,
-        "n_layer": model.num_layers,
-        "n_positions": model.context_length,
-        "resid_pdrop": 0.0,
-        "rotary": True,
-        "rotary_dim": model.rotary_dim,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": model.vocab_size,
-        **id_settings(special_tokens),
-    }
+    return {**gptj.make_config(model, dtype), **id_settings(special_tokens)}
 
 
 def _check_architectures(path: Path, names: Any) -> None:
     if names is None:
         return
-    if not isinstance(names, list) or not _ARCHITECTURES & {n for n in names if type(n) is str}:
-        raise _bad(path, f"architectures is {_show(names)}: MeshLM reads GPTJForCausalLM only")
-
-
-def _to_model(path: Path, shape: Mapping[str, Any]) -> ModelConfig:
-    for name, value in shape.items():
-        if name == "n_inner" and value is None:
-            continue
-        if name == "layer_norm_epsilon":
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise _bad(path, f"{name} is {_show(value)}, not a positive number")
-        elif type(value) is not int or not 0 < value < _MAX_SIZE:
-            raise _bad(path, f"{name} is {_show(value)}, not a positive whole number")
-    if shape["n_layer"] > _MAX_LAYERS:
-        raise _bad(path, f"n_layer is {shape['n_layer']}, over {_MAX_LAYERS}")
-    width, heads, rotary_dim = shape["n_embd"], shape["n_head"], shape["rotary_dim"]
-    if width % heads:
-        raise _bad(path, f"n_head is {heads}, which does not divide n_embd ({width})")
-    if rotary_dim % 2 or rotary_dim > width // heads:
-        raise _bad(
-            path,
-            f"rotary_dim is {rotary_dim}: it must be even and at most n_embd / n_head "
-            f"({width // heads})",
-        )
-    return gpt_j(
-        num_layers=shape["n_layer"],
-        d_model=width,
-        num_heads=heads,
-        head_dim=width // heads,
-        d_ff=shape["n_inner"] or 4 * width,
-        vocab_size=shape["vocab_size"],
-        context_length=shape["n_positions"],
-        rotary_dim=rotary_dim,
-        layer_norm_epsilon=float(shape["layer_norm_epsilon"]),
-    )
+    if not isinstance(names, list) or not gptj.ARCHITECTURES & {n for n in names if type(n) is str}:
+        raise bad_config(path, f"architectures is {show(names)}: MeshLM reads GPTJForCausalLM only")
 
 
 def _check_neutral(path: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
-        if name in _NEUTRAL and not _is_among(value, _NEUTRAL[name]):
-            wanted = " or ".join(json.dumps(v) for v in _NEUTRAL[name])
-            raise _bad(path, f"{name} is {_show(value)}: MeshLM's GPT-J has {wanted} only")
-    unknown = [name for name in config if name not in _IGNORED and name not in _NEUTRAL]
+        if name in gptj.NEUTRAL and not _is_among(value, gptj.NEUTRAL[name]):
+            wanted = " or ".join(json.dumps(v) for v in gptj.NEUTRAL[name])
+            raise bad_config(path, f"{name} is {show(value)}: MeshLM's GPT-J has {wanted} only")
+    unknown = [name for name in config if name not in _IGNORED and name not in gptj.NEUTRAL]
     if unknown:
-        shown = ", ".join(map(_show, unknown[:_SHOWN_KEYS]))
+        shown = ", ".join(map(show, unknown[:_SHOWN_KEYS]))
         more = f" and {len(unknown) - _SHOWN_KEYS} more" if len(unknown) > _SHOWN_KEYS else ""
         keys, them = ("is a key", "it") if len(unknown) == 1 else ("are keys", "them")
-        raise _bad(
+        raise bad_config(
             path,
             f"{shown}{more} {keys} that MeshLM does not know: delete {them}, unless the model's "
             "numbers depend on it",
@@ -338,12 +186,3 @@ def _check_neutral(path: Path, config: Mapping[str, Any]) -> None:
 def _is_among(value: Any, neutral: Collection[Any]) -> bool:
     # 1 == True and 0 == False in Python, but not in JSON.
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _bad(path: Path, why: str) -> BadInputError:
-    return BadInputError(f"{path}: {why}")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from meshlm.conversion.hf.config import read_json
+from meshlm.conversion.hf.json_files import read_json
 from meshlm.core.errors import BadInputError
 from meshlm.formats.safetensors import Tensors
 

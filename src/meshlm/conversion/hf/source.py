@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from meshlm.conversion.finite import Place
+from meshlm.conversion.hf import gptj, pickled
 from meshlm.conversion.hf import names as hf_names
-from meshlm.conversion.hf import pickled
 from meshlm.conversion.hf.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -21,8 +21,8 @@ from meshlm.conversion.hf.config import (
 )
 from meshlm.conversion.hf.files import find_weights, has_weights
 from meshlm.conversion.hf.tokenizer import CHAT_TEMPLATE_FILE, tokenizer_of
-from meshlm.conversion.source import Group, Part, PartKey, Source
-from meshlm.conversion.table import native_shapes, part_keys
+from meshlm.conversion.parts import PartKey, native_shapes, part_keys
+from meshlm.conversion.source import Group, Part, Source
 from meshlm.conversion.unusable import no_weights
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens, fits, rowless_note
@@ -78,10 +78,10 @@ class HfSource(Source):
         self.special_tokens, self.left_out = special_tokens, left_out
         self.counts: Mapping[str, int] = {}
         self._homes = _find_homes(path, model, files)
-        shapes = {n: s for key in part_keys(model) for n, s in native_shapes(model, key).items()}
         self._infos = {
-            name: TensorInfo(shape=shape, dtype=self._info(hf_names.hf_name(name)).dtype)
-            for name, shape in shapes.items()
+            name: info
+            for key in part_keys(model)
+            for name, info in _HfPart(self, key).tensors.items()
         }
 
     @property
@@ -104,24 +104,29 @@ class HfSource(Source):
     def place(self, name: str) -> Place:
         """Returns where a tensor lies, by transformers' name."""
         home = self._homes[name]
-        return Place(f"{home.file}: {home.name}", self._info(name).shape)
+        return Place(f"{home.file}: {home.name}", self.info(name).shape)
 
-    def _info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
+        """Returns shape and dtype of a tensor in its file, by transformers' name."""
         home = self._homes[name]
         return home.tensors.infos[home.name]
 
 
 class _HfPart(Part):
     def __init__(self, source: HfSource, key: PartKey) -> None:
-        self.key, self._source = key, source
-        self.tensors = {name: source.infos[name] for name in native_shapes(source.model, key)}
-        self.raw = [hf_names.hf_name(name) for name in self.tensors]
+        self.key, self._source, self._rows = key, source, gptj.TABLE.rows(key)
+        self.tensors = {
+            name: TensorInfo(shape=shape, dtype=source.info(self._rows[name].outside).dtype)
+            for name, shape in native_shapes(source.model, key).items()
+        }
+        self.raw = [self._rows[name].outside for name in self.tensors]
 
     def read(self, name: str) -> np.ndarray:
-        return self.read_raw(hf_names.hf_name(name)).reshape(self.tensors[name].shape)
+        row = self._rows[name]
+        return row.layout.join([self.read_raw(row.outside)], self.tensors[name].shape)
 
     def place(self, name: str) -> Place:
-        return self._source.place(hf_names.hf_name(name))
+        return self._source.place(self._rows[name].outside)
 
     def read_raw(self, name: str) -> np.ndarray:
         return self._source.read_raw(name)
@@ -213,9 +218,9 @@ def _find_homes(path: Path, model: ModelConfig, files: Mapping[Path, Tensors]) -
     if model.num_layers > count:
         raise BadInputError(f"{path}: {count} tensors for {model.num_layers} layers (n_layer)")
     wanted = {
-        hf_names.hf_name(name): shape
+        row.outside: shape
         for key in part_keys(model)
-        for name, shape in hf_names.hf_shapes(model, key).items()
+        for row, shape in gptj.TABLE.shapes(model, key)
     }
     prefix, wrappers = hf_names.wrapper_of([n for t in files.values() for n in t.infos])
     if wrappers:
@@ -227,7 +232,7 @@ def _find_homes(path: Path, model: ModelConfig, files: Mapping[Path, Tensors]) -
     for file, tensors in files.items():
         for own_name, info in tensors.infos.items():
             name = hf_names.full_name(own_name.removeprefix(prefix))
-            if hf_names.is_buffer(name, model.num_layers):
+            if gptj.is_buffer(name, model.num_layers):
                 continue
             if name not in wanted:
                 raise BadInputError(
@@ -257,7 +262,7 @@ def _check_tensor(file: Path, name: str, info: TensorInfo, shape: tuple[int, ...
 
 
 def _missing(path: Path, names: Sequence[str]) -> BadInputError:
-    if all(name.startswith(hf_names.HEAD_PREFIX) for name in names):
+    if all(name.startswith(gptj.HEAD_PREFIX) for name in names):
         return BadInputError(
             f"{path}: {names[0]} is missing: this was saved from a model without its head; save "
             "it from GPTJForCausalLM"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from meshlm.conversion.cast import cast
+from meshlm.conversion.hf import gptj
 from meshlm.conversion.hf.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -14,11 +15,10 @@ from meshlm.conversion.hf.config import (
     make_config,
 )
 from meshlm.conversion.hf.files import INDEX_SUFFIX, WEIGHTS_FILE
-from meshlm.conversion.hf.names import hf_name, hf_shapes
 from meshlm.conversion.hf.tokenizer import write_json, write_tokenizer
+from meshlm.conversion.parts import PartKey, part_keys
 from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.source import Group, Part, PartKey
-from meshlm.conversion.table import part_keys
+from meshlm.conversion.source import Group, Part
 from meshlm.conversion.target import Target
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ class HfTarget(Target):
     """config.json, the tokenizer, and safetensors of at most 4 GB each."""
 
     kind = "hf"
+    added = gptj.TABLE.added
 
     def __init__(
         self,
@@ -70,15 +71,16 @@ class HfTarget(Target):
         self.group_order: Sequence[Group] = ("params",)
         self.model = with_embedding_bias(model, False)
         dtypes = {name: info.dtype for name, info in infos.items()}
-        matrices = _matrices(dtypes)
+        matrices = {info.dtype for info in infos.values() if len(info.shape) > 1}
         self._common = _FLOAT32 if len(matrices) > 1 else matrices.pop()
-        if model.has_bias("embedding") and len(set(dtypes.values())) > 1:
-            dtypes["embedding.tokens"] = _FLOAT32
-        self._say(model, dtypes, groups, sidecar)
+        added = {bias: matrix for bias, matrix in self.added.items() if bias in infos}
+        if len(set(dtypes.values())) > 1:
+            dtypes |= dict.fromkeys(added.values(), _FLOAT32)
+        self._say([dtypes[matrix] for matrix in added.values()], groups, sidecar)
         self._infos = {
-            hf_name(name): TensorInfo(shape=shape, dtype=dtypes[name])
+            row.outside: TensorInfo(shape=shape, dtype=dtypes[row.native])
             for key in part_keys(model)
-            for name, shape in hf_shapes(model, key).items()
+            for row, shape in gptj.TABLE.shapes(model, key)
         }
         self._files = self._plan(max_file_bytes)
         self._writers: dict[str, TensorWriter] = {}
@@ -91,16 +93,21 @@ class HfTarget(Target):
     def write(self, group: Group, part: Part) -> None:
         if group != "params":
             return
+        rows = gptj.TABLE.rows(part.key)
+        # By the matrix to which each is added.
+        biases = {self.added[name]: name for name in part.tensors if name in self.added}
         for name in part.tensors:
-            if name == "embedding.bias":
+            if name in self.added:
                 continue
-            info = self._infos[hf_name(name)]
-            if name == "embedding.tokens" and "embedding.bias" in part.tensors:
-                bias = part.read("embedding.bias")
-                rows = _fold(part.read(name), bias, info.dtype)
+            row = rows[name]
+            dtype = self._infos[row.outside].dtype
+            if name in biases:
+                bias = part.read(biases[name])
+                blocks = _add(part.read(name), bias, dtype, name)
             else:
-                rows = iter([cast(part.read(name), info.dtype, name).reshape(info.shape)])
-            self._write(hf_name(name), map(self._look_at, rows))
+                (array,) = row.layout.split(cast(part.read(name), dtype, name), 1, dtype)
+                blocks = iter([array])
+            self._write(row.outside, map(self._look_at, blocks))
 
     def finish(self) -> None:
         assert len(self._writers) == len(set(self._files.values()))
@@ -119,17 +126,13 @@ class HfTarget(Target):
             self.notes += write_tokenizer(self._folder, self._tokenizer, special_tokens, self.model)
 
     def _say(
-        self,
-        model: ModelConfig,
-        dtypes: Mapping[str, np.dtype],
-        groups: Sequence[Group],
-        sidecar: Sidecar | None,
+        self, summed: Iterable[np.dtype], groups: Sequence[Group], sidecar: Sidecar | None
     ) -> None:
-        if model.has_bias("embedding"):
-            self.notes.append(
-                "the embedding bias is added to the embedding, as transformers' GPT-J has none: "
-                f"summed in float32, stored as {dtypes['embedding.tokens'].name}"
-            )
+        self.notes += [
+            "the embedding bias is added to the embedding, as transformers' GPT-J has none: "
+            f"summed in float32, stored as {dtype.name}"
+            for dtype in summed
+        ]
         if set(groups) != {"params"}:
             self.notes.append("the optimizer's state is left out: this format has no place for it")
         if sidecar is not None:
@@ -163,16 +166,13 @@ class HfTarget(Target):
             writer.finish()
 
 
-def _matrices(dtypes: Mapping[str, np.dtype]) -> set[np.dtype]:
-    small = ("bias", "scale", "offset")
-    return {dtype for name, dtype in dtypes.items() if not name.endswith(small)}
-
-
-def _fold(table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _add(
+    table_VD: np.ndarray, bias_D: np.ndarray, dtype: np.dtype, name: str
+) -> Iterator[np.ndarray]:
     """Yields the table with the bias in every row: summed in float32, then rounded once."""
     bias = bias_D.astype(np.float32)
     for rows in row_blocks(table_VD.shape):
-        yield cast(table_VD[rows].astype(np.float32) + bias, dtype, "embedding.tokens")
+        yield cast(table_VD[rows].astype(np.float32) + bias, dtype, name)
 
 
 def _is_exact(array: np.ndarray, dtype: np.dtype) -> bool:

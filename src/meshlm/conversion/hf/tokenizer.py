@@ -5,11 +5,11 @@ embedding's padding rows. They are written as they are there.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from meshlm.conversion.hf.config import HfConfig
+from meshlm.conversion.hf.json_files import write_json
 from meshlm.core import files, strict_json
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer, load_gpt2
@@ -93,12 +93,6 @@ def write_tokenizer(
     write_json(folder / VOCABULARY_FILE, vocabulary)
     files.write_new(folder / MERGES_FILE, "\n".join(["#version: 0.2", *merges, ""]).encode())
     return notes
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file for people to read too."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    files.write_new(path, f"{text}\n".encode())
 
 
 def _padding(tokenizer: Tokenizer, vocab_size: int) -> list[dict[str, Any]]:

@@ -6,15 +6,14 @@ parts need is ever in memory, and nothing is written to disk.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from meshlm.conversion.mtj import finding as mtj_finding
-from meshlm.conversion.mtj import layout as mtj_layout
 from meshlm.conversion.mtj.config import MAX_CONFIG_BYTES
-from meshlm.conversion.mtj.layout import FILES_PER_SHARD, Slot
+from meshlm.conversion.mtj.leaves import FILES_PER_SHARD, Leaf, files_of
 from meshlm.conversion.mtj.store import Reader, Store, check_files, check_split, count_shards
 from meshlm.core.errors import BadInputError
 from meshlm.formats.archive import FREE_BYTES, MAX_GROWTH, ArchivedFile, archived_files
@@ -158,72 +157,64 @@ class ArchiveStore(Store):
             of_files = [archive.headers[shard, file] for file in range(FILES_PER_SHARD)]
             check_split([len(of_file) for of_file in of_files], folder)
             headers.append([header for of_file in of_files for header in of_file])
-            places = mtj_layout.files_of(len(headers[-1]))
+            places = files_of(len(headers[-1]))
             names.append([f"{folder}/{file}.npz arr_{place}" for file, place in places])
         self.headers, self.names = headers, names
-        self._places = mtj_layout.files_of(len(headers[0]))
-        self._held: dict[Slot, np.ndarray] = {}
+        self._places = files_of(len(headers[0]))
+        self._held: dict[Leaf, np.ndarray] = {}
 
     def counter(self, number: int) -> np.ndarray:
         return np.stack([self._vector(shard, number) for shard in range(self.shards)])
 
-    def joined(self, slot: Slot, shape: tuple[int, ...]) -> np.ndarray:
-        result = np.empty(shape, self.headers[0][slot.number].dtype)
-        for shard in range(self.shards):
-            target = mtj_layout.shard_of(slot.leaf, result, shard, self.shards)
-            target[...] = self._vector(shard, slot.number)
+    def joined(self, leaf: Leaf) -> np.ndarray:
+        result = self.empty(leaf)
+        for shard, target in enumerate(leaf.layout.arrays(result, self.shards)):
+            target[...] = self._vector(shard, leaf.number)
         return result
 
-    def raw(self, slot: Slot, shard: int) -> np.ndarray:
-        return self._vector(shard, slot.number)
+    def raw(self, leaf: Leaf, shard: int) -> np.ndarray:
+        return self._vector(shard, leaf.number)
 
-    def prepare(self, parts: Sequence[Mapping[Slot, tuple[int, ...]]]) -> Reader:
-        wanted = [self._matrices(part) for part in parts]
-        if any(slot not in self._held for slot in wanted[0]):
+    def prepare(self, parts: Sequence[Sequence[Leaf]]) -> Reader:
+        wanted = self._matrices(parts[0])
+        if any(leaf not in self._held for leaf in wanted):
             self._held = {}
-            self._read(self._within_budget(wanted))
-        return _Held(self, {slot: self._held[slot] for slot in wanted[0]})
+            self._read(self._within_budget(parts))
+        return _Held(self, {leaf: self._held[leaf] for leaf in wanted})
 
     def release(self) -> None:
         """Lets go of all matrices."""
         self._held = {}
 
-    def drop(self, slots: Iterable[Slot]) -> None:
+    def drop(self, leaves: Iterable[Leaf]) -> None:
         """Lets go of some matrices."""
-        for slot in slots:
-            self._held.pop(slot, None)
+        for leaf in leaves:
+            self._held.pop(leaf, None)
 
-    def _matrices(self, part: Mapping[Slot, tuple[int, ...]]) -> dict[Slot, tuple[int, ...]]:
-        return {
-            slot: shape
-            for slot, shape in part.items()
-            if len(self.headers[0][slot.number].shape) == 2
-        }
+    def _matrices(self, part: Iterable[Leaf]) -> list[Leaf]:
+        return [leaf for leaf in part if len(self.headers[0][leaf.number].shape) == 2]
 
-    def _within_budget(
-        self, parts: Sequence[Mapping[Slot, tuple[int, ...]]]
-    ) -> dict[Slot, tuple[int, ...]]:
-        chosen: dict[Slot, tuple[int, ...]] = {}
+    def _within_budget(self, parts: Iterable[Iterable[Leaf]]) -> list[Leaf]:
+        """Returns the matrices of the first part, and of as many others as may be held with it."""
+        chosen: list[Leaf] = []
         num_bytes = 0
-        for part in parts:
-            num_bytes += sum(self.headers[0][slot.number].data_bytes * self.shards for slot in part)
+        for part in map(self._matrices, parts):
+            num_bytes += sum(self.headers[0][leaf.number].data_bytes * self.shards for leaf in part)
             if chosen and num_bytes > PASS_BYTES:
                 break
-            chosen |= part
+            chosen += part
         return chosen
 
-    def _read(self, wanted: Mapping[Slot, tuple[int, ...]]) -> None:
+    def _read(self, wanted: Sequence[Leaf]) -> None:
         """Fills what is held with these tensors, in one pass."""
-        for slot, shape in wanted.items():
-            self._held[slot] = np.empty(shape, self.headers[0][slot.number].dtype)
-        slots = {self._places[slot.number]: slot for slot in wanted}
-        files = {file for file, _ in slots}
-        missing = len(slots) * self.shards
+        self._held |= {leaf: self.empty(leaf) for leaf in wanted}
+        leaves = {self._places[leaf.number]: leaf for leaf in wanted}
+        files = {file for file, _ in leaves}
+        missing = len(leaves) * self.shards
         for (shard, file), number, array in self._archive.arrays(lambda place: place[1] in files):
-            slot = slots.get((file, number))
-            if slot is not None:
-                held = self._held[slot]
-                array.read_into(mtj_layout.shard_of(slot.leaf, held, shard, self.shards))
+            leaf = leaves.get((file, number))
+            if leaf is not None:
+                array.read_into(leaf.layout.arrays(self._held[leaf], self.shards)[shard])
                 missing -= 1
         if missing:
             raise BadInputError(f"{self._archive.path} changed while it was being read")
@@ -236,18 +227,18 @@ class ArchiveStore(Store):
 class _Held(Reader):
     """The matrices of one part, and the vectors of all."""
 
-    def __init__(self, store: ArchiveStore, matrices: dict[Slot, np.ndarray]) -> None:
+    def __init__(self, store: ArchiveStore, matrices: dict[Leaf, np.ndarray]) -> None:
         self._store, self._matrices = store, matrices
 
-    def joined(self, slot: Slot, shape: tuple[int, ...]) -> np.ndarray:
-        held = self._matrices.get(slot)
-        return self._store.joined(slot, shape) if held is None else held
+    def joined(self, leaf: Leaf) -> np.ndarray:
+        held = self._matrices.get(leaf)
+        return self._store.joined(leaf) if held is None else held
 
-    def raw(self, slot: Slot, shard: int) -> np.ndarray:
-        held = self._matrices.get(slot)
+    def raw(self, leaf: Leaf, shard: int) -> np.ndarray:
+        held = self._matrices.get(leaf)
         if held is None:
-            return self._store.raw(slot, shard)
-        return mtj_layout.shard_of(slot.leaf, held, shard, self._store.shards)
+            return self._store.raw(leaf, shard)
+        return leaf.layout.arrays(held, self._store.shards)[shard]
 
     def release(self) -> None:
         self._store.drop(self._matrices)

@@ -130,6 +130,34 @@ def config_of_model(model: ModelConfig, shards: int) -> dict[str, Any]:
     }
 
 
+def check_shards(model: ModelConfig, shards: int) -> None:
+    """Raises UsageError where heads or vocabulary cannot be cut into so many shards."""
+    for name, size in (("heads", model.num_heads), ("rows of vocabulary", model.vocab_size)):
+        if shards < 1 or size % shards:
+            common = math.gcd(model.num_heads, model.vocab_size)
+            fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+            raise UsageError(
+                f"--shards {shards}: {size} {name} cannot be cut into so many; give one of "
+                f"{', '.join(fitting)}"
+            )
+
+
+def check_model(model: ModelConfig, remedy: str) -> None:
+    """Raises UsageError where the original's code could not have this shape."""
+    fixed = {
+        "d_ff": (model.d_ff, 4 * model.d_model),
+        "num_heads x head_dim": (model.num_heads * model.head_dim, model.d_model),
+        "layer_norm_epsilon": (model.layer_norm_epsilon, 1e-5),
+        "rotary_base": (model.rotary_base, 10_000.0),
+    }
+    for name, (has, needs) in fixed.items():
+        if has != needs:
+            raise UsageError(
+                f"the original's format has no place for {name} {has:g}: its code always has "
+                f"{needs:g}; {remedy}"
+            )
+
+
 def _check_count(key: str, value: Any, where: str) -> None:
     least = 0 if key in _MAY_BE_ZERO else 1
     if type(value) is not int or not least <= value <= _MOST:

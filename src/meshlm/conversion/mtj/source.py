@@ -10,14 +10,20 @@ import numpy as np
 
 from meshlm.conversion.finite import Place
 from meshlm.conversion.mtj import finding as mtj_finding
-from meshlm.conversion.mtj import layout as mtj_layout
 from meshlm.conversion.mtj.archive import Archive, ArchiveStore
-from meshlm.conversion.mtj.layout import STEP, Layout, Slot
+from meshlm.conversion.mtj.config import check_model
+from meshlm.conversion.mtj.leaves import (
+    MOMENTS,
+    OPTIMIZER_COUNTS,
+    Leaf,
+    Leaves,
+    find_leaves,
+)
 from meshlm.conversion.mtj.store import FolderStore, Reader, Store, check_headers
 from meshlm.conversion.mtj.tokens import KeptTokens, implied_tokenizer, read_kept_tokens
-from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.source import Group, Part, PartKey, Source
-from meshlm.conversion.table import native_names, part_keys
+from meshlm.conversion.parts import PartKey, native_names, part_keys
+from meshlm.conversion.sidecar import STEP, Sidecar
+from meshlm.conversion.source import Group, Part, Source
 from meshlm.core.errors import BadInputError, UsageError
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.data.tokenizer import Tokenizer
@@ -80,17 +86,17 @@ def _make_source(
 ) -> Source:
     model = with_embedding_bias(model)
     try:
-        mtj_layout.check_model(model, "give the fitting --config")
+        check_model(model, "give the fitting --config")
         if model.num_heads % store.shards or model.vocab_size % store.shards:
             raise UsageError(
                 f"{model.num_heads} heads and {model.vocab_size} rows of vocabulary cannot be in "
                 f"{store.shards} shards: is one missing?"
             )
-        layout = mtj_layout.find_layout(model.num_layers, len(store.headers[0]), str(path))
-        check_headers(store, layout, model)
+        leaves = find_leaves(model, len(store.headers[0]), str(path))
+        check_headers(store, leaves)
     except (BadInputError, UsageError) as error:
         raise BadInputError(f"{path} does not fit {where}: {error}") from None
-    return MtjSource(path, store, layout, model, kept)
+    return MtjSource(path, store, leaves, model, kept)
 
 
 class MtjSource(Source):
@@ -102,33 +108,33 @@ class MtjSource(Source):
         self,
         path: Path,
         store: Store,
-        layout: Layout,
+        leaves: Leaves,
         model: ModelConfig,
         kept: KeptTokens,
     ) -> None:
         self.path, self.model = path, model
         self.tokenizer = kept.tokenizer or implied_tokenizer(model)
         self.special_tokens = kept.special_tokens or SpecialTokens.of(self.tokenizer)
-        self._store, self._layout = store, layout
-        self._slots: dict[tuple[Group, PartKey], dict[str, Slot]] = {}
-        for slot in layout.slots:
-            self._slots.setdefault((slot.group, slot.key), {})[slot.leaf.name] = slot
-        full = len(layout.groups) > 1
-        self.groups = ("params", *mtj_layout.MOMENTS) if full else ("params",)
-        counts = {name: store.counter(number) for name, number in layout.counters.items()}
+        self._store, self._leaves = store, leaves.by_part
+        full = len(leaves.groups) > 1
+        self.groups = ("params", *MOMENTS) if full else ("params",)
+        counts = {name: store.counter(number) for name, number in leaves.counters.items()}
         numbers = {name: _count(values, f"{path}: {name}") for name, values in counts.items()}
         self.step = numbers[STEP]
         self.counts = {
-            short: numbers[name]
-            for name, short in mtj_layout.OPTIMIZER_COUNTS.items()
-            if name in numbers
+            short: numbers[name] for name, short in OPTIMIZER_COUNTS.items() if name in numbers
         }
         self.shards = store.shards
-        self.sidecar = self._read_sidecar(counts)
+        of_shards = {
+            f"{leaf.group}.{leaf.row.native}": store.joined(leaf)
+            for leaf in leaves.tensors
+            if leaf.layout.has_more
+        }
+        self.sidecar = Sidecar(shards=store.shards, arrays=counts | of_shards)
         self._infos = {
             name: info
             for key in part_keys(model)
-            for name, info in self._part("params", key, self._store).tensors.items()
+            for name, info in self._part("params", key, store).tensors.items()
         }
 
     @property
@@ -139,76 +145,52 @@ class MtjSource(Source):
         self, group: Group = "params", order: Sequence[PartKey] | None = None
     ) -> Iterator[Part]:
         keys = part_keys(self.model) if order is None else list(order)
+        leaves = [list(self._leaves[group, key].values()) for key in keys]
         for at, key in enumerate(keys):
-            reader = self._store.prepare([self._flat_shapes(group, later) for later in keys[at:]])
+            reader = self._store.prepare(leaves[at:])
             yield self._part(group, key, reader)
             # Before the next is prepared: the caller may still have this part.
             reader.release()
 
     def _part(self, group: Group, key: PartKey, reader: Reader) -> "_MtjPart":
-        return _MtjPart(self.path, reader, self._store, self.model, key, self._slots[group, key])
-
-    def _flat_shapes(self, group: Group, key: PartKey) -> dict[Slot, tuple[int, ...]]:
-        slots = self._slots[group, key].values()
-        return {slot: _flat_shape(self.model, slot, self._store.shards) for slot in slots}
-
-    def _read_sidecar(self, counts: Mapping[str, np.ndarray]) -> Sidecar:
-        arrays = dict(counts)
-        for slot in self._layout.slots:
-            if slot.leaf.how in ("sum", "first"):
-                shape = _flat_shape(self.model, slot, self._store.shards)
-                arrays[f"{slot.group}.{slot.leaf.name}"] = self._store.joined(slot, shape)
-        return Sidecar(shards=self._store.shards, arrays=arrays)
+        leaves = self._leaves[group, key]
+        in_order = {name: leaves[name] for name in native_names(self.model, key)}
+        return _MtjPart(self.path, reader, self._store, key, in_order)
 
 
 class _MtjPart(Part):
     def __init__(
-        self,
-        path: Path,
-        reader: Reader,
-        store: Store,
-        model: ModelConfig,
-        key: PartKey,
-        slots: Mapping[str, Slot],
+        self, path: Path, reader: Reader, store: Store, key: PartKey, leaves: Mapping[str, Leaf]
     ) -> None:
         self.key, self._path = key, path
-        self._reader, self._store, self._model, self._slots = reader, store, model, slots
+        self._reader, self._leaves = reader, leaves
+        by_number = sorted(leaves.values(), key=lambda leaf: leaf.number)
         self._raw = {
-            f"shard_{shard}/{slot.raw_path}": (slot, shard)
+            f"shard_{shard}/{leaf.path}": (leaf, shard)
             for shard in range(store.shards)
-            for slot in slots.values()
+            for leaf in by_number
         }
         self.raw = list(self._raw)
+        dtypes = {name: store.headers[0][leaf.number].dtype for name, leaf in leaves.items()}
         self.tensors = {
             name: TensorInfo(
-                shape=mtj_layout.native_shape(model, slots[name]), dtype=self._dtype(slots[name])
+                shape=leaf.shape, dtype=leaf.layout.native_dtype(dtypes[name], store.shards)
             )
-            for name in native_names(model, key)
+            for name, leaf in leaves.items()
         }
 
     def read(self, name: str) -> np.ndarray:
-        slot = self._slots[name]
-        flat = self._reader.joined(slot, _flat_shape(self._model, slot, self._store.shards))
-        if slot.leaf.how == "first" or (slot.leaf.how == "sum" and slot.group != "params"):
-            # The shards' biases get the same gradients, so their moments are those of the sum.
-            return flat[0]
-        if slot.leaf.how == "sum":
-            return summed(flat)
-        return flat.reshape(self.tensors[name].shape)
+        leaf = self._leaves[name]
+        return leaf.layout.native(self._reader.joined(leaf))
 
     def place(self, name: str) -> Place:
         # An index into the joined and transposed array, which no file has.
-        raw = self._slots[name].raw_path
-        return Place(f"{self._path}: {name} ({raw} of its shards)", self.tensors[name].shape)
+        path = self._leaves[name].path
+        return Place(f"{self._path}: {name} ({path} of its shards)", self.tensors[name].shape)
 
     def read_raw(self, name: str) -> np.ndarray:
-        slot, shard = self._raw[name]
-        return self._reader.raw(slot, shard)
-
-    def _dtype(self, slot: Slot) -> np.dtype:
-        stored = self._store.headers[0][slot.number].dtype
-        is_sum = slot.leaf.how == "sum" and slot.group == "params" and self._store.shards > 1
-        return np.dtype(np.float32) if is_sum else stored
+        leaf, shard = self._raw[name]
+        return self._reader.raw(leaf, shard)
 
 
 def _count(values: np.ndarray, what: str) -> int:
@@ -217,15 +199,3 @@ def _count(values: np.ndarray, what: str) -> int:
     if not 0 <= count <= np.iinfo(np.int32).max:
         raise BadInputError(f"{what} is {count}: no run counts that far; fetch it again")
     return count
-
-
-def summed(shares: np.ndarray) -> np.ndarray:
-    """Returns the sum of a bias's shares [S, n]: float32, or as stored where there is one."""
-    if len(shares) == 1:
-        return shares[0]
-    with np.errstate(over="ignore", invalid="ignore"):
-        return shares.astype(np.float64).sum(axis=0).astype(np.float32)
-
-
-def _flat_shape(model: ModelConfig, slot: Slot, shards: int) -> tuple[int, ...]:
-    return mtj_layout.flat_shape(slot.leaf, mtj_layout.native_shape(model, slot), shards)

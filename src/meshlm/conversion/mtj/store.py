@@ -3,18 +3,16 @@
 import abc
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion.mtj import layout as mtj_layout
-from meshlm.conversion.mtj.layout import Layout, Slot
+from meshlm.conversion.mtj.leaves import FILES_PER_SHARD, Leaf, Leaves, files_of
 from meshlm.core.errors import BadInputError
 from meshlm.formats import archive
 from meshlm.formats.npy import NpyHeader, copy
 from meshlm.formats.npz import NpzFile
-from meshlm.model.config import ModelConfig
 
 # Files are kept open, each with a descriptor, of which a process may have 1,024 or so.
 _MOST_OPEN = 128
@@ -23,14 +21,14 @@ _WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Reader(abc.ABC):
-    """Tensors that may be read. A joined one is in the `flat_shape` of its leaf."""
+    """Tensors that may be read."""
 
     @abc.abstractmethod
-    def joined(self, slot: Slot, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a tensor in `shape`, its flat one."""
+    def joined(self, leaf: Leaf) -> np.ndarray:
+        """Returns the arrays of all shards in one, the store of the leaf's layout."""
 
     @abc.abstractmethod
-    def raw(self, slot: Slot, shard: int) -> np.ndarray:
+    def raw(self, leaf: Leaf, shard: int) -> np.ndarray:
         """Returns one shard's leaf."""
 
     @abc.abstractmethod
@@ -47,16 +45,18 @@ class Store(Reader):
     names: Sequence[Sequence[str]]
     """What to call the place of every leaf, by shard."""
 
+    def empty(self, leaf: Leaf) -> np.ndarray:
+        """Returns the store of a leaf, to be filled."""
+        shape = leaf.layout.store_shape(leaf.shape, self.shards)
+        return np.empty(shape, self.headers[0][leaf.number].dtype)
+
     @abc.abstractmethod
     def counter(self, number: int) -> np.ndarray:
         """Returns a count of every shard, [S]."""
 
     @abc.abstractmethod
-    def prepare(self, parts: Sequence[Mapping[Slot, tuple[int, ...]]]) -> Reader:
-        """Returns what reads the first of the parts; after it the others are going to be read.
-
-        A part is its slots with their flat shapes.
-        """
+    def prepare(self, parts: Sequence[Sequence[Leaf]]) -> Reader:
+        """Returns what reads the first of the parts; after it the others are going to be read."""
 
 
 class FolderStore(Store):
@@ -77,7 +77,7 @@ class FolderStore(Store):
             if not folder.is_dir():
                 raise BadInputError(f"{folder} is not a folder: fetch the checkpoint again")
             check_files([path.name for path in folder.iterdir()], str(folder))
-            files = [folder / f"{file}.npz" for file in range(mtj_layout.FILES_PER_SHARD)]
+            files = [folder / f"{file}.npz" for file in range(FILES_PER_SHARD)]
             of_files = {path: self._file(path).headers for path in files}
             headers.append([header for of_file in of_files.values() for header in of_file])
             check_split([len(of_file) for of_file in of_files.values()], str(folder))
@@ -89,17 +89,16 @@ class FolderStore(Store):
     def counter(self, number: int) -> np.ndarray:
         return np.stack([self._read(shard, number) for shard in range(self.shards)])
 
-    def joined(self, slot: Slot, shape: tuple[int, ...]) -> np.ndarray:
-        result = np.empty(shape, self.headers[0][slot.number].dtype)
-        for shard in range(self.shards):
-            target = mtj_layout.shard_of(slot.leaf, result, shard, self.shards)
-            copy(target, self._read(shard, slot.number))
+    def joined(self, leaf: Leaf) -> np.ndarray:
+        result = self.empty(leaf)
+        for shard, target in enumerate(leaf.layout.arrays(result, self.shards)):
+            copy(target, self._read(shard, leaf.number))
         return result
 
-    def raw(self, slot: Slot, shard: int) -> np.ndarray:
-        return self._read(shard, slot.number)
+    def raw(self, leaf: Leaf, shard: int) -> np.ndarray:
+        return self._read(shard, leaf.number)
 
-    def prepare(self, parts: Sequence[Mapping[Slot, tuple[int, ...]]]) -> Reader:
+    def prepare(self, parts: Sequence[Sequence[Leaf]]) -> Reader:
         return self
 
     def release(self) -> None:
@@ -152,7 +151,7 @@ def count_shards(names: Sequence[str], where: str) -> int:
 def check_files(names: Sequence[str], where: str) -> None:
     """Raises BadInputError where a shard has not exactly the files 0.npz to 15.npz."""
     found = {name for name in names if name.endswith(".npz")}
-    wanted = {f"{file}.npz" for file in range(mtj_layout.FILES_PER_SHARD)}
+    wanted = {f"{file}.npz" for file in range(FILES_PER_SHARD)}
     for name in sorted(wanted - found):
         raise BadInputError(f"{where} has no {name}: fetch the checkpoint again")
     for name in sorted(found - wanted):
@@ -163,7 +162,7 @@ def check_files(names: Sequence[str], where: str) -> None:
 
 def check_split(sizes: Sequence[int], where: str) -> None:
     """Raises BadInputError where the arrays are not spread over the files as the original does."""
-    places = mtj_layout.files_of(sum(sizes))
+    places = files_of(sum(sizes))
     for file, size in enumerate(sizes):
         wanted = sum(place[0] == file for place in places)
         if size != wanted:
@@ -173,18 +172,18 @@ def check_split(sizes: Sequence[int], where: str) -> None:
             )
 
 
-def check_headers(store: Store, layout: Layout, model: ModelConfig) -> None:
-    """Raises BadInputError where an array has not the shape that the model needs, or its dtype."""
+def check_headers(store: Store, leaves: Leaves) -> None:
+    """Raises BadInputError where an array has not the shape that its leaf needs, or its dtype."""
     for shard, headers in enumerate(store.headers):
-        if len(headers) != layout.num_leaves:
+        if len(headers) != len(leaves):
             raise BadInputError(
-                f"shard_{shard} has {len(headers)} arrays and shard_0 has {layout.num_leaves}: "
+                f"shard_{shard} has {len(headers)} arrays and shard_0 has {len(leaves)}: "
                 "fetch the checkpoint again"
             )
-    for slot in layout.slots:
-        wanted = mtj_layout.leaf_shape(model, slot, store.shards)
-        _check_leaf(store, slot.number, slot.raw_path, wanted, _WEIGHT_DTYPES)
-    for name, number in layout.counters.items():
+    for leaf in leaves.tensors:
+        wanted = leaf.layout.array_shape(leaf.shape, store.shards)
+        _check_leaf(store, leaf.number, leaf.path, wanted, _WEIGHT_DTYPES)
+    for name, number in leaves.counters.items():
         _check_leaf(store, number, name, (), _COUNTER_DTYPES)
 
 

@@ -5,14 +5,20 @@ from pathlib import Path
 
 import numpy as np
 
-from meshlm.conversion.mtj import layout as mtj_layout
-from meshlm.conversion.mtj.config import config_of_model
+from meshlm.conversion.mtj.config import check_model, check_shards, config_of_model
 from meshlm.conversion.mtj.finding import META_NAME
-from meshlm.conversion.mtj.layout import STEP, Slot
-from meshlm.conversion.mtj.source import summed
+from meshlm.conversion.mtj.leaves import (
+    OPTIMIZER_COUNTS,
+    Leaf,
+    file_order,
+    files_of,
+    make_leaves,
+)
+from meshlm.conversion.mtj.shares import is_same
 from meshlm.conversion.mtj.tokens import write_kept_tokens
-from meshlm.conversion.sidecar import Sidecar
-from meshlm.conversion.source import Group, Part, PartKey
+from meshlm.conversion.parts import PartKey
+from meshlm.conversion.sidecar import STEP, Sidecar
+from meshlm.conversion.source import Group, Part
 from meshlm.conversion.target import Target
 from meshlm.core import files
 from meshlm.core.config import to_json
@@ -54,38 +60,35 @@ class MtjTarget(Target):
             UsageError: the model has a shape that the original's code cannot have, or heads or
                 vocabulary cannot be cut into so many shards.
         """
-        mtj_layout.check_model(model, "choose --to meshlm or hf")
-        mtj_layout.check_shards(model, shards)
+        check_model(model, "choose --to meshlm or hf")
+        check_shards(model, shards)
         self.model = with_embedding_bias(model)
         self._tokens = (tokenizer, special_tokens or SpecialTokens.of(tokenizer))
         self.notes: list[str] = []
-        self._layout = mtj_layout.make_layout(model.num_layers, full=len(groups) > 1)
-        self.group_order = self._layout.groups
+        self._leaves = make_leaves(self.model, full=len(groups) > 1)
+        self.group_order = self._leaves.groups
         self._folder, self._shards, self._step = folder, shards, step or 0
         matrices = {info.dtype for info in infos.values() if len(info.shape) > 1}
         self._dtype = matrices.pop() if len(matrices) == 1 else _FLOAT32
         self._counts = {STEP: self._step} | {
-            name: counts.get(short, self._step)
-            for name, short in mtj_layout.OPTIMIZER_COUNTS.items()
+            name: counts.get(short, self._step) for name, short in OPTIMIZER_COUNTS.items()
         }
         self._sidecar = self._usable(sidecar)
         self._changed: list[str] = []
-        self._slots = iter(self._layout.slots)
-        self._writer = _ShardsWriter(folder / f"step_{self._step}", shards, self._layout.num_leaves)
+        self._writer = _ShardsWriter(folder / f"step_{self._step}", shards, len(self._leaves))
 
     @property
     def order(self) -> Sequence[PartKey]:
-        return mtj_layout.file_order(self.model.num_layers)
+        return file_order(self.model.num_layers)
 
     def write(self, group: Group, part: Part) -> None:
-        for _ in mtj_layout.leaves_of(part.key):
-            slot = next(self._slots)
-            assert (slot.group, slot.key) == (group, part.key), (slot, group, part.key)
-            self._write_counters_until(slot.number)
-            self._writer.add(self._leaves(slot, part))
+        for leaf in self._leaves.by_part[group, part.key].values():
+            self._write_counters_until(leaf.number)
+            assert self._writer.count == leaf.number, leaf
+            self._writer.add(self._arrays(leaf, part))
 
     def finish(self) -> None:
-        self._write_counters_until(self._layout.num_leaves)
+        self._write_counters_until(len(self._leaves))
         self._writer.close()
         meta = {"step": self._step, "checkpoints": [self._step], "aux": {}}
         files.write_new(self._folder / META_NAME, to_json(meta))
@@ -100,45 +103,31 @@ class MtjTarget(Target):
     def close(self) -> None:
         self._writer.close()
 
-    def _leaves(self, slot: Slot, part: Part) -> Sequence[np.ndarray]:
-        """Returns every shard's leaf."""
-        leaf = slot.leaf
-        if leaf.name not in part.tensors:
+    def _arrays(self, leaf: Leaf, part: Part) -> Sequence[np.ndarray]:
+        """Returns the leaf of every shard."""
+        if leaf.row.native not in part.tensors:
             # A model without a bias of the embedding has the same numbers with one of zeros.
-            zeros = np.zeros(self.model.d_model, self._dtype_of_bias(slot))
-            return [zeros] * self._shards
-        array = part.read(leaf.name)
-        if leaf.how in ("sum", "first"):
-            return self._kept(slot, array) or self._made(slot, array)
-        flat = array.reshape(mtj_layout.flat_shape(leaf, array.shape, self._shards))
-        return [mtj_layout.shard_of(leaf, flat, s, self._shards) for s in range(self._shards)]
+            dtype = self._dtype if leaf.group == "params" else _FLOAT32
+            return [np.zeros(leaf.shape, dtype)] * self._shards
+        array = part.read(leaf.row.native)
+        kept = self._kept(leaf, array) if leaf.layout.has_more else None
+        return kept or leaf.layout.split(array, self._shards, self._dtype)
 
-    def _kept(self, slot: Slot, array: np.ndarray) -> Sequence[np.ndarray] | None:
+    def _kept(self, leaf: Leaf, array: np.ndarray) -> Sequence[np.ndarray] | None:
         """Returns the sidecar's values, if they are still what makes this tensor."""
         if self._sidecar is None:
             return None
-        name = f"{slot.group}.{slot.leaf.name}"
+        name = f"{leaf.group}.{leaf.row.native}"
         kept = self._sidecar.arrays.get(name)
-        if kept is not None and kept.shape == (self._shards, *array.shape):
-            is_sum = slot.leaf.how == "sum" and slot.group == "params"
-            was = summed(kept) if is_sum else kept[0]
-            dtypes = (array.dtype, self._dtype) if is_sum else (array.dtype,)
-            if kept.dtype in dtypes and _same(was, array):
-                return list(kept)
+        if (
+            kept is not None
+            and kept.shape == (self._shards, *array.shape)
+            and kept.dtype in (array.dtype, self._dtype)
+            and is_same(leaf.layout.native(kept), array)
+        ):
+            return list(kept)
         self._changed.append(name)
         return None
-
-    def _made(self, slot: Slot, array: np.ndarray) -> Sequence[np.ndarray]:
-        if slot.leaf.how == "sum":
-            if slot.group != "params":
-                return [array] * self._shards
-            return make_shares(array, self._shards, self._dtype)
-        # The original trains the first shard's norm alone; the others stay as they began.
-        fill = 1 if slot.group == "params" and slot.leaf.path.endswith("scale") else 0
-        return [array] + [np.full_like(array, fill)] * (self._shards - 1)
-
-    def _dtype_of_bias(self, slot: Slot) -> np.dtype:
-        return self._dtype if slot.group == "params" else _FLOAT32
 
     def _usable(self, sidecar: Sidecar | None) -> Sidecar | None:
         if sidecar is None:
@@ -151,7 +140,7 @@ class MtjTarget(Target):
         return sidecar
 
     def _write_counters_until(self, number: int) -> None:
-        for name, place in self._layout.counters.items():
+        for name, place in self._leaves.counters.items():
             if self._writer.count == place < number:
                 self._writer.add(self._counters(name))
 
@@ -164,33 +153,6 @@ class MtjTarget(Target):
         return [np.array(count, np.int32)] * self._shards
 
 
-def make_shares(total: np.ndarray, shards: int, dtype: np.dtype) -> Sequence[np.ndarray]:
-    """Returns shares of a bias whose sum is the bias, in `dtype` or, where that cannot be, wider.
-
-    They are equal if that is exact, as the original's training leaves them. Else the first shard
-    has all of it, or what fits into the dtype, and the next ones what is left.
-    """
-    if shards == 1:
-        return [total]
-    wide = total.astype(np.float64)
-    equal = (wide / shards).astype(dtype)
-    if shards & (shards - 1) == 0 and _same(equal.astype(np.float64) * shards, wide):
-        return [equal] * shards
-    shares: list[np.ndarray] = []
-    for _ in range(shards):
-        with np.errstate(over="ignore", invalid="ignore"):
-            shares.append(wide.astype(dtype))
-            wide = wide - shares[-1].astype(np.float64)
-    if _same(summed(np.stack(shares)), total.astype(_FLOAT32)):
-        return shares
-    return [total, *[np.zeros_like(total)] * (shards - 1)]
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Tells whether two arrays are the same bit for bit."""
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
 class _ShardsWriter:
     """The shards' files, written side by side leaf by leaf."""
 
@@ -199,7 +161,7 @@ class _ShardsWriter:
         self._folders = [step_folder / f"shard_{shard}" for shard in range(shards)]
         for folder in self._folders:
             folder.mkdir(parents=True)
-        self._places = mtj_layout.files_of(num_leaves)
+        self._places = files_of(num_leaves)
         self._file = -1
         self._writers: list[NpzWriter] = []
 

@@ -12,10 +12,9 @@ from meshlm.checkpoint import ArrayInfo, LayerReader
 from meshlm.checkpoint.folder import steps_in
 from meshlm.checkpoint.manifest import MANIFEST_NAME
 from meshlm.conversion.finite import Place
-from meshlm.conversion.mtj.layout import SCHEDULE_COUNT
-from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
-from meshlm.conversion.source import Group, Part, PartKey, Source
-from meshlm.conversion.table import native_shapes, part_keys, stacked_name
+from meshlm.conversion.parts import PartKey, native_shapes, part_keys, stacked_name
+from meshlm.conversion.sidecar import SCHEDULE_COUNT, SIDECAR_FILE, Sidecar
+from meshlm.conversion.source import Group, Part, Source
 from meshlm.core import strict_json
 from meshlm.core.config import from_dict
 from meshlm.core.errors import BadInputError, UsageError

@@ -15,9 +15,9 @@ from meshlm.conversion.native.source import (
     SPECIAL_TOKENS_KEY,
     TOKENIZER_FILE,
 )
+from meshlm.conversion.parts import PartKey, part_keys, stacked_name
 from meshlm.conversion.sidecar import SIDECAR_FILE, Sidecar
-from meshlm.conversion.source import Group, Part, PartKey
-from meshlm.conversion.table import part_keys, stacked_name
+from meshlm.conversion.source import Group, Part
 from meshlm.conversion.target import Target
 from meshlm.core.config import to_dict, to_json
 from meshlm.data.special_tokens import SpecialTokens

@@ -216,25 +216,30 @@ def side_of(
     )
 
 
-def explain(name: str, source: Part, destination: Part, info: TensorInfo | None) -> str | None:
+def explain(
+    name: str,
+    source: Part,
+    destination: Part,
+    info: TensorInfo | None,
+    added: Mapping[str, str],
+) -> str | None:
     """Returns why a native tensor need not be the source's bit for bit; None if it should be.
 
     Args:
         source: the source's part, not cast.
         info: what the tensor was to be cast to; None where the source has none of it.
+        added: `Target.added` of the destination's format.
     """
     there = destination.tensors.get(name)
     if info is None:
         is_zero = not destination.read(name).any()
         return "zeros: this format always has one" if is_zero else None
     if there is None:
-        return "part of the embedding here" if name == "embedding.bias" else None
+        return "part of the embedding here" if name in added else None
     bias = None
-    if (
-        name == "embedding.tokens"
-        and "embedding.bias" in source.tensors.keys() - destination.tensors
-    ):
-        bias = source.read("embedding.bias").astype(np.float32)
+    for vector, matrix in added.items():
+        if matrix == name and vector in source.tensors:
+            bias = source.read(vector).astype(np.float32)
     between = info.dtype if bias is None else np.dtype(np.float32)
     given, found = source.read(name), destination.read(name)
     for rows in row_blocks(given.shape):

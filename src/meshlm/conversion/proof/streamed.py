@@ -7,20 +7,22 @@ Dim letters: T time, V vocabulary rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from meshlm.conversion.source import Part
-from meshlm.core.tree import from_named
+from meshlm.core.tree import from_named, map_named
 from meshlm.formats.tensor import row_blocks
 from meshlm.model import transformer
 from meshlm.model.config import ModelConfig
-from meshlm.model.params import Embedding, Linear, Norm, weight_tree
+from meshlm.model.params import weight_tree
 from meshlm.model.transformer import Compute
 
+_TABLE, _HEAD = "embedding.tokens", "head.weight"
 _BLOCK_NUMBERS = 16 << 20
 _FLOAT32 = Compute(dtype="float32")
 
@@ -49,14 +51,10 @@ class StreamedForward:
 
     def _embed(self, part: Part) -> jax.Array:
         """Looks up in a table of the rows that are needed, and no others."""
-        rows = np.ascontiguousarray(part.read("embedding.tokens")[self._tokens])
-        has_bias = "embedding.bias" in part.tensors
-        embedding = Embedding(
-            tokens=jnp.asarray(rows),
-            bias=jnp.asarray(part.read("embedding.bias")) if has_bias else None,
-        )
-        own = jnp.arange(len(rows), dtype=jnp.int32)[None]
-        return transformer.embed(embedding, own, _FLOAT32)
+        named = {name: part.read(name) for name in part.tensors if name != _TABLE}
+        named[_TABLE] = np.ascontiguousarray(part.read(_TABLE)[self._tokens])
+        own = jnp.arange(len(self._tokens), dtype=jnp.int32)[None]
+        return transformer.embed(self._weights("embedding", named), own, _FLOAT32)
 
     def _layer(self, part: Part) -> jax.Array:
         prefix = f"blocks.{part.key}."
@@ -71,21 +69,19 @@ class StreamedForward:
         return x.block_until_ready()
 
     def _head(self, part: Part) -> np.ndarray:
-        norm = Norm(
-            scale=jnp.asarray(part.read("final_norm.scale")),
-            offset=jnp.asarray(part.read("final_norm.offset")),
-        )
+        named = {name: part.read(name) for name in part.tensors}
         assert self._x is not None
+        norm = self._weights("final_norm", named)
         x = transformer.final_norm(norm, self._model, _FLOAT32, self._x)
-        weight = part.read("head.weight")
-        bias = part.read("head.bias") if "head.bias" in part.tensors else None
         pieces = []
-        for rows in row_blocks(weight.shape, _BLOCK_NUMBERS):
-            head = Linear(
-                weight=jnp.asarray(weight[rows]),
-                bias=None if bias is None else jnp.asarray(bias[rows]),
-            )
+        for rows in row_blocks(named[_HEAD].shape, _BLOCK_NUMBERS):
+            head = self._weights("head", {name: array[rows] for name, array in named.items()})
             # The kernels that unstacked weights take: those of decoding.
             logits = transformer.head_logits(head, x, _FLOAT32, streamed=True)
             pieces.append(np.asarray(logits)[0])
         return np.concatenate(pieces, axis=1)
+
+    def _weights(self, field: str, named: Mapping[str, np.ndarray]) -> Any:
+        """Returns a field of `Params` with its leaves from tensors by native name."""
+        like = getattr(weight_tree(self._model), field)
+        return map_named(lambda name, _: jnp.asarray(named[f"{field}.{name}"]), like)
