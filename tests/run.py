@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_TESTS = 5  # pytest's exit code when it selected none
+SLOWEST = 10  # tests that the summary names
 FACTS = """
 import importlib.metadata as metadata, platform
 def version(name):
@@ -52,10 +53,23 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A test and the seconds that it took, its fixtures included."""
+
+    seconds: float
+    name: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.seconds:6.1f}s  {self.name} ({self.folder})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     ok: bool
     line: str
     counts: Counts | None = None
+    times: tuple[Timed, ...] = ()
 
 
 def main(arguments: list[str]) -> int:
@@ -81,6 +95,11 @@ def main(arguments: list[str]) -> int:
     print("\nsummary" + (" of the long tests" if long else ""))
     for outcome in outcomes:
         print("  " + outcome.line)
+    times = sorted((timed for outcome in outcomes for timed in outcome.times), key=seconds_of)
+    if times:
+        print(f"the {min(SLOWEST, len(times))} slowest tests")
+    for timed in times[: -SLOWEST - 1 : -1]:
+        print(f"  {timed}")
     counts = [outcome.counts for outcome in outcomes if outcome.counts is not None]
     print(f"total: {add_up(counts).outcomes}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
@@ -93,6 +112,10 @@ def add_up(parts: list[Counts]) -> Counts:
         skipped=sum(part.skipped for part in parts),
         seconds=sum(part.seconds for part in parts),
     )
+
+
+def seconds_of(timed: Timed) -> float:
+    return timed.seconds
 
 
 def has_long_parity_tests() -> bool:
@@ -144,12 +167,12 @@ def run_pytest(
         ]
         profile = {"HYPOTHESIS_PROFILE": "long"} if long else {}
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, **profile}).returncode
-        counts = read_counts(report)
+        counts, times = read_counts(report), read_times(report, environment.folder)
     # No long tests, or none that the caller's arguments choose, is fine; else none is a broken run.
     ok = code == 0 or (code == NO_TESTS and (long or bool(extra)))
     said = counts or "pytest ended before it could report"
     line = f"{'ok      ' if ok else 'FAILED  '} {environment.describe()}: {said}"
-    return Outcome(ok=ok, line=line, counts=counts)
+    return Outcome(ok=ok, line=line, counts=counts, times=times)
 
 
 def read_counts(report: Path) -> Counts | None:
@@ -166,6 +189,19 @@ def read_counts(report: Path) -> Counts | None:
         failed=int(failed),
         skipped=int(total["skipped"]),
         seconds=total["time"],
+    )
+
+
+def read_times(report: Path, folder: str) -> tuple[Timed, ...]:
+    if not report.exists():
+        return ()
+    return tuple(
+        Timed(
+            seconds=float(case.get("time", 0)),
+            name=f"{case.get('classname', '')}::{case.get('name', '')}",
+            folder=folder,
+        )
+        for case in ElementTree.parse(report).getroot().iter("testcase")
     )
 
 
