@@ -40,6 +40,7 @@ def torch_python(*more: str) -> str:
     pytest.skip(f"no interpreter here has {', '.join(needed)}")
 
 
+@pytest.mark.long
 def test_both_sides_train_the_same_tokens() -> None:
     pythons = ["--torch-python", torch_python(), "--meshlm-python", sys.executable]
     ran = bench(*pythons, *TINY, "--steps", "3", "--warmup", "1", "--rounds", "1")
@@ -88,6 +89,7 @@ def test_a_worker_that_fails_ends_the_bench() -> None:
     assert ran.stdout == ""
 
 
+@pytest.mark.long
 def test_everyone_decodes_the_same_model() -> None:
     pythons = ["--peer-python", torch_python("ctranslate2"), "--meshlm-python", sys.executable]
     ran = bench(*pythons, "--small", "--rounds", "1", "--batch-sizes", "1", "3", script="serve")
@@ -154,6 +156,7 @@ def check_gpu_result(result: dict, sides: list[str]) -> None:
             assert found["bytes_per_step"] == read
 
 
+@pytest.mark.long
 def test_the_gpu_bench_runs_small_shapes_without_a_gpu(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     before = sorted((ROOT / "bench/results").iterdir())

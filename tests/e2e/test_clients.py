@@ -287,6 +287,7 @@ def generated(prompt: str, *stop: str) -> str:
     return sample.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLIENTS)
 def test_client_of_others(clients: dict[str, subprocess.Popen[bytes]], name: str) -> None:
     if name not in clients:

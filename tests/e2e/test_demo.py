@@ -22,6 +22,7 @@ def test_the_corpus_is_source_text_without_tests() -> None:
     assert not [p for p in files if {"test", "tests", "site-packages"} & set(p.parts[-4:-1])]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_it_trains_and_writes_and_goes_on(
     tmp_path: Path, cli: Any, compiled: dict[str, str]

@@ -11,6 +11,11 @@ from runs import SMALL, lines
 pytestmark = pytest.mark.timeout(900)
 
 MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "1x2x4": (1, 2, 4), "2x2x2": (2, 2, 2)}
+# tests/sharding compares a step on the others too.
+QUICK_MESHES = [
+    name if name in ("1x2x4", "2x2x2") else pytest.param(name, marks=pytest.mark.long)
+    for name in MESHES
+]
 STEPS = 5
 OPTIONS = ("--steps", "5", "--compute-dtype", "float32", "--eval-every", "5")
 NUMBERS = ("loss", "grad_norm", "val_loss")
@@ -43,7 +48,7 @@ def assert_close(run, other, first: int = 1) -> None:
                 assert one[name] == pytest.approx(two[name], rel=TOLERANCE), (one["step"], name)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", QUICK_MESHES)
 def test_losses_are_those_of_one_device(meshlm, store, tmp_path, on_one_device, name):
     run = tmp_path / "run"
     code, out, _ = meshlm("train", *SMALL, "--data", store, "--run", run, *OPTIONS, *mesh(name))
@@ -55,7 +60,11 @@ def test_losses_are_those_of_one_device(meshlm, store, tmp_path, on_one_device, 
 
 @pytest.mark.parametrize(
     ("rules", "mesh"),
-    [("data", "replica 8 x data 1"), ("fsdp", "replica 1 x data 8"), ("replica-fsdp", "data 8")],
+    [
+        pytest.param("data", "replica 8 x data 1", marks=pytest.mark.long),
+        pytest.param("fsdp", "replica 1 x data 8", marks=pytest.mark.long),
+        ("replica-fsdp", "data 8"),
+    ],
 )
 def test_rules_alone_take_all_devices(meshlm, store, tmp_path, on_one_device, rules, mesh):
     run = tmp_path / "run"
@@ -101,7 +110,7 @@ def test_a_run_goes_on_on_other_meshes(meshlm, tmp_path, on_one_device):
             assert found[step - 1][name] == pytest.approx(wanted[step - 1][name], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["1x8x1", "2x2x2"])
+@pytest.mark.parametrize("name", [pytest.param("1x8x1", marks=pytest.mark.long), "2x2x2"])
 def test_generate_gives_the_same_text(meshlm, on_one_device, name):
     command = ("generate", on_one_device, "--prompt", "def ", "--max-tokens", "12")
     assert meshlm(*command, *mesh(name)) == meshlm(*command)

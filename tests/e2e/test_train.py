@@ -74,7 +74,7 @@ def straight(request, tmp_path_factory, store, compiled) -> tuple[tuple[str, ...
     return options, folder / "run"
 
 
-@BOTH
+@QUICKLY_PLAIN
 def test_killed_and_run_again(straight, cli, compiled, tmp_path):
     options, undisturbed = straight
     run = tmp_path / "run"
