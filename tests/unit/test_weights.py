@@ -101,3 +101,24 @@ def test_each_array_is_gathered_by_its_own_dims():
     assert (dense.dtype, in_int8.values.dtype) == (jnp.bfloat16, jnp.int8)
     assert split_of(dense) == split_of(in_int8.values) == jax.P("model", None)
     assert split_of(in_int8.scale) == jax.P("model")
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed", "kept"),
+    [
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "bfloat16"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "float32", "float32"),
+    ],
+)
+def test_a_kept_array_is_no_wider_than_its_products_take_it(stored, computed, kept):
+    array = draw(3, 4).astype(stored)
+    found = Dense(array).narrowed(computed)
+    assert found.dtype == kept
+    np.testing.assert_array_equal(found, array.astype(kept))
+
+
+def test_int8_is_kept_as_it_is():
+    in_int8 = Int8.from_array(draw(3, 4))
+    assert in_int8.narrowed("bfloat16") is in_int8

@@ -156,10 +156,7 @@ def cast_matrices(config: ModelConfig, params: Params, dtype: str) -> Params:
     """Returns weights with one block a layer, those of products in `dtype` if it is smaller."""
 
     def cast(weight: Weight, value: Any) -> Any:
-        if "product" not in weight.uses or as_matrix(value).operand_dtype is None:
-            return value
-        is_wider = value.dtype.itemsize > jnp.dtype(dtype).itemsize
-        return value.astype(dtype) if is_wider else value
+        return as_matrix(value).narrowed(dtype) if "product" in weight.uses else value
 
     return map_weights(cast, config, params)
 

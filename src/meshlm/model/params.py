@@ -24,13 +24,14 @@ from meshlm.core import sharding
 from meshlm.core.tree import PyTree, from_named, pytree, to_named
 from meshlm.model.config import ModelConfig
 from meshlm.model.families import check_supported
+from meshlm.ops.weights import Matrix
 
 
 @pytree
 class Linear:
     """A product with a matrix, and the bias that is added to it; None where there is none."""
 
-    weight: Float[Array, "..."]
+    weight: Float[Array, "..."] | Matrix
     bias: Float[Array, "..."] | None = None
 
 
@@ -75,7 +76,7 @@ class Block:
 class Embedding:
     """What each token and its position become."""
 
-    tokens: Float[Array, "V D"]
+    tokens: Float[Array, "V D"] | Matrix
     positions: Float[Array, "P D"] | None = None
     """None where positions are not learned."""
     bias: Float[Array, "D"] | None = None

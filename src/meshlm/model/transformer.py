@@ -59,8 +59,7 @@ def hidden_states(
     rotary = rotary_rows(config, compute, None, tokens_BT.shape[1])
 
     def layer(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
-        with jax.named_scope("block"):
-            return block_forward(x_BTD, block, config, compute, rotary, segment_ids_BT)[0], None
+        return block_forward(x_BTD, block, config, compute, rotary, segment_ids_BT)[0], None
 
     layer = _rematerialise(layer, compute.remat)
     assert isinstance(params.blocks, Block)
@@ -178,6 +177,7 @@ def gather(weight: jax.Array | Matrix, compute: Compute, *dims: str | None) -> M
     return as_matrix(weight).gathered(*dims, dtype=compute.dtype, reduced=reduced)
 
 
+@jax.named_scope("block")
 def block_forward(
     x_BTD: jax.Array,
     block: Block,

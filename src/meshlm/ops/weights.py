@@ -87,6 +87,13 @@ class Matrix(abc.ABC):
     def to_array(self, dtype: Any = jnp.float32) -> jax.Array:
         """Returns the weight as one array of `dtype`."""
 
+    @abc.abstractmethod
+    def narrowed(self, dtype: Any) -> "Array | Matrix":
+        """Returns the leaf that a model keeps whose products are of `dtype`: cast if it is wider.
+
+        Numbers of products stay the same, for `gathered` casts to the same dtype.
+        """
+
 
 def as_matrix(leaf: Array | Matrix) -> Matrix:
     """Returns a leaf of a parameter tree, a plain array or another form, as a `Matrix`."""
@@ -150,6 +157,11 @@ class Dense(Matrix):
     def to_array(self, dtype: Any = jnp.float32) -> jax.Array:
         """Returns the array in `dtype`."""
         return self.array.astype(dtype)
+
+    def narrowed(self, dtype: Any) -> Array:
+        """Returns the plain array, in `dtype` where that takes fewer bytes."""
+        is_wider = self.array.dtype.itemsize > jnp.dtype(dtype).itemsize
+        return self.array.astype(dtype) if is_wider else self.array
 
 
 @pytree
@@ -223,6 +235,10 @@ class Int8(Matrix):
         outs = self.scale.shape
         scale = self.scale.reshape(*outs, *([1] * (self.ndim - len(outs))))
         return (self.values.astype(jnp.float32) * scale).astype(dtype)
+
+    def narrowed(self, dtype: Any) -> "Int8":
+        """Returns the weight itself."""
+        return self
 
 
 _LARGEST = 127.0
