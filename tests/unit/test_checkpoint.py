@@ -259,7 +259,7 @@ def test_a_newer_version_is_refused(copy: Path) -> None:
     content["version"] = FORMAT_VERSION + 1
     (path / "manifest.json").write_bytes(_seal(content))
     for use in (lambda: restore(path, ABSTRACT), lambda: verify(path), lambda: latest_good(copy)):
-        with pytest.raises(BadInputError, match=r"format version 2 is newer .* reads, 1; install"):
+        with pytest.raises(BadInputError, match=r"format version 3 is newer .* reads, 2; install"):
             use()
 
 
