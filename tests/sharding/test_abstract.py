@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from meshlm.core import sharding
 from meshlm.core.sharding import AXES, sharding_of
+from meshlm.core.tree import from_named, to_named
 from meshlm.model.params import abstract_params
 from meshlm.model.presets import PRESETS
 from meshlm.model.transformer import Compute, forward
@@ -117,16 +118,16 @@ def test_a_wrong_rule_is_an_error_when_traced(monkeypatch, dim, axes):
         logits_of_6b(EVERY)
 
 
-@pytest.mark.parametrize("bias", ["ff_in_bias", "ff_out_bias"])
-def test_a_misplaced_weight_is_an_error_when_traced(bias):
+@pytest.mark.parametrize("linear", ["up", "down"])
+def test_a_misplaced_weight_is_an_error_when_traced(linear):
     params = abstract_params(GPTJ, POD)
-    lies = getattr(params.blocks, bias)
+    name = f"blocks.feed_forward.{linear}.bias"
+    named = to_named(params)
     wrong = NamedSharding(POD, P(None, "data"))
-    moved = jax.ShapeDtypeStruct(lies.shape, lies.dtype, sharding=wrong)
-    blocks = dataclasses.replace(params.blocks, **{bias: moved})
+    named[name] = jax.ShapeDtypeStruct(named[name].shape, named[name].dtype, sharding=wrong)
     with jax.sharding.use_abstract_mesh(POD), pytest.raises(Exception, match=r"illegally|incompat"):
         jax.eval_shape(
             lambda p, t: forward(p, GPTJ, t, Compute()),
-            dataclasses.replace(params, blocks=blocks),
+            from_named(params, named),
             abstract_batch(POD, 16, 2048).tokens,
         )

@@ -163,7 +163,7 @@ def test_copies_add_their_accumulated_gradients_once(monkeypatch, sizes, rules, 
 
 def lower_embed(mesh):
     compute = Compute(dtype="float32")
-    return jax.jit(lambda params, tokens: embed(params, tokens, compute)).lower(
+    return jax.jit(lambda params, tokens: embed(params.embedding, tokens, compute)).lower(
         abstract_params(CONFIG, mesh), abstract_batch(mesh).tokens
     )
 

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent.parent / "fixtures" / "mtj" / "dev_s8_bf16"
 def test_recorded_logits_on_a_mesh(mesh):
     golden = np.load(FOLDER / "golden.npz")
     model = meshlm.load(FOLDER / "slim", dtype="float32", mesh=mesh)
-    query = model.params.blocks[0].query
+    query = model.params.blocks[0].attention.query.weight
     assert len(query.sharding.device_set) == 8
     assert query.addressable_shards[0].data.size == query.size // 8
     found = model.logits(golden["tokens"][None].astype(np.int32))[0]
