@@ -383,13 +383,13 @@ def load_opened(opened: Opened, *, sample_extra_tokens: bool = False) -> Model:
     model, tokenizer = opened.source.model, opened.source.tokenizer
     if tokenizer is not None and sample_extra_tokens:
         tokenizer = tokenizer.with_extra_tokens(model.vocab_size)
-    int8 = opened.quantize is not None
-    params = load_params(opened.source, opened.mesh, opened.numerics.weights, int8=int8)
+    numerics, quantize = opened.numerics, opened.quantize
+    params = load_params(opened.source, opened.mesh, numerics.weights, quantize=quantize)
     return Model(
         params,
         model,
         tokenizer,
-        opened.numerics,
+        numerics,
         opened.mesh,
         special_tokens=opened.source.special_tokens,
         sample_extra_tokens=sample_extra_tokens,

@@ -1,7 +1,8 @@
 """Names of arrays in checkpoints of format 1, whose parameter tree was flat.
 
 Format 1 knows GPT-J alone. Its names end in that of a parameter: after `params.`, and after the
-name of each slot of the optimizer (`optimizer.adam.mu.`, `optimizer.adafactor.v_row.`).
+name of each slot of the optimizer (`optimizer.adam.mu.`, `optimizer.adafactor.v_row.`). The config
+of such a checkpoint is read by `model.families.upgrade_record`.
 """
 
 import re

@@ -5,7 +5,7 @@ one. `split` returns what the files are to hold, and `join` inverts it bit for b
 of the shards come one by one, make an array of `store_shape`, copy each into its view in `arrays`,
 and take `native`.
 
-A new format or family needs a new `Rearranged` pattern at most: transposed matrices, folded heads,
+The layouts of the other families are `Rearranged` patterns: transposed matrices, folded heads,
 shards, and queries, keys and values fused in one matrix, are all the same elements in another order
 (`three N H D -> D (three N H)` is GPT-2's fused matrix, `three N H D -> (N three H) D` GPT-NeoX's).
 """

@@ -18,7 +18,7 @@ from meshlm.core.sharding import sharding_of
 from meshlm.core.tree import from_named, to_named
 from meshlm.formats.tensor import TensorInfo
 from meshlm.model.params import Params, weight_table, weight_tree
-from meshlm.model.quantize import quantise_weight
+from meshlm.model.quantize import FORMS
 
 
 def matrix_dtype(infos: Mapping[str, TensorInfo]) -> str:
@@ -30,20 +30,23 @@ def matrix_dtype(infos: Mapping[str, TensorInfo]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def load_params(source: Source, mesh: Mesh, dtype: str | None, *, int8: bool = False) -> Params:
-    """Returns the weights with one block a layer, each in its shards on the mesh.
+def load_params(
+    source: Source, mesh: Mesh, dtype: str | None, *, quantize: str | None = None
+) -> Params:
+    """Returns the weights with one block per layer, each in its shards on the mesh.
 
     The host holds one tensor beside what is on the devices.
 
     Args:
         dtype: of every weight; None keeps each as it is stored, and float16 as float32.
-        int8: keep the matrices in int8 (`model/quantize.py`), each made when it is read; for one
-            device.
+        quantize: the form of the matrices of products, a key of `model.quantize.FORMS`; each is
+            made when it is read. For one device.
 
     Raises:
         BadInputError: a tensor cannot be read, holds NaN or infinities, or a number too large for
             `dtype`.
     """
+    quantise = None if quantize is None else FORMS[quantize]
     named: dict[str, Any] = {}
     # Each tensor is checked while it is cast and copied.
     with ThreadPoolExecutor(1, thread_name_prefix="finite") as checking:
@@ -54,7 +57,7 @@ def load_params(source: Source, mesh: Mesh, dtype: str | None, *, int8: bool = F
                 wanted = dtype or ("float32" if info.dtype == np.float16 else info.dtype.name)
                 value = cast(stored, jnp.dtype(wanted), name)
                 placed = _place(value, sharding_of(mesh, *weight.dims))
-                named[name] = quantise_weight(weight, placed) if int8 else placed
+                named[name] = placed if quantise is None else quantise(weight, placed)
                 # Only now, so that no second tensor waits beside this one.
                 jax.block_until_ready(named[name])
                 checked.result()

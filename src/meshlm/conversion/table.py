@@ -1,8 +1,9 @@
-"""Tables: which tensor of a format each native tensor of a family is, and in which layout.
+"""Tables: the name and the layout that each native tensor of a family has in a file format.
 
 A family of models has one table in each foreign format. Reading and writing both go by it, and what
 it does not say comes from the model's description: shapes, and the order of the native tensors.
-To add a family, write its table beside that of GPT-J (`hf/gptj.py`, `mtj/table.py`).
+To add a family, write its table beside that of GPT-J (`hf/gptj.py`, `mtj/table.py`). A row has one
+native name today: fused matrices of query, key and value will need several.
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ class Table:
 
     def __init__(self, *rows: Row, added: Mapping[str, str] | None = None) -> None:
         """Args:
-        added: the native vectors that the format has no tensor for, each by the native matrix to
-            whose rows it is added.
+        added: `added[vector] = matrix` for each native vector that the format has no tensor for:
+            writing adds it to every row of that matrix.
         """
         self.added: Mapping[str, str] = added or {}
         self._of_layers = tuple(row for row in rows if _LAYER in row.native)

@@ -54,7 +54,8 @@ _LOGICAL_DIMS = tuple(f.name for f in dataclasses.fields(Rules) if f.name != "na
 _ALL = AXES
 _TENSOR: dict[str, Axes] = dict.fromkeys(("heads", "ff", "vocab"), ("model",))
 
-# The one table. `gathered` weights are whole for use, so the axes of `embed` may be the batch's.
+# The one table; model/params.py says which dims a weight has. `gathered` weights are whole for use,
+# so the axes of `embed` may be the batch's.
 RULES: dict[str, Rules] = {
     rules.name: rules
     for rules in (

@@ -40,7 +40,7 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns the dotted name of a leaf, such as `blocks.attention_in.weight`."""
+    """Returns the dotted name of a leaf, such as `blocks.attention.query.weight`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 

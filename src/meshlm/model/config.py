@@ -6,14 +6,15 @@ from typing import Literal, get_args
 from meshlm.core.errors import UsageError
 
 Bias = Literal["embedding", "qkv", "attention_out", "feed_forward", "head"]
-"""Vectors that are added: to every embedding, or to what a product or a pair of products gives."""
+"""Of every embedding; of query, key and value; of the output of attention; of both products of the
+feed-forward; of the logits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and architecture of a model: everything that decides its parameters and numbers.
 
-    The fields after the sizes describe the whole family. `families.py` has a constructor for each
+    The fields after the sizes describe the architecture. `families.py` has a constructor for each
     architecture that is supported, and refuses the others.
     """
 
@@ -41,11 +42,13 @@ class ModelConfig:
     positions: Literal["rotary", "learned"]
     """Queries and keys are rotated, or a row of a learned table is added to each embedding."""
     residual: Literal["parallel", "serial"]
-    """Attention and feed-forward both read a block's input, or the second reads the first's sum."""
+    """parallel: attention and feed-forward read the block's input; serial: the feed-forward reads
+    the input plus the output of attention."""
     norms: Literal["shared", "separate"]
     """One norm a block, or one for attention and one for the feed-forward."""
     windows: tuple[int | None, ...]
-    """Keys that a query sees, itself included, repeated over the layers; None: all before it."""
+    """Attention window of layer i in tokens, `windows[i % len(windows)]`, the query's own position
+    included; None: full causal attention."""
     attention_scale: float | None
     """Factor of the attention scores; None: 1/sqrt(head_dim)."""
     attention_scale_by_layer: bool

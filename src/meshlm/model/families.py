@@ -1,7 +1,20 @@
 """The architectures that are supported: a constructor of configs for each.
 
-To add one, write its constructor here, list what it decides in `_FAMILIES`, and give it a table of
-names in `conversion/`. Everything else follows from the config (`params.weight_table`).
+GPT-J is the only one today: `ModelConfig` describes the others too, and `check_supported` refuses
+them. To add one, in this order:
+
+1. here: its constructor, and its fields in `_FAMILIES`;
+2. `params.py`: which parameters its fields imply (norms, biases, positions, a tied head) and their
+   initial values;
+3. `transformer.py`, `cache.py`, `ops/`: what its fields compute (residual, activation, windows and
+   scale of attention), each beside its plain reference;
+4. `planning/work.py` and `planning/memory.py`: the formulas for what 3. adds;
+5. `conversion/hf/`: a module like `gptj.py` with its config and its table of tensors, and the
+   choice by `model_type` in `config.py`, `source.py` and `target.py`;
+   `conversion/proof/reference.py`: its own forward pass, which computes the certificate;
+6. `presets.py`: the named models.
+
+Shapes, shardings, int8, FLOPs, bytes and checkpoints follow from `params.weight_table`.
 """
 
 import dataclasses
@@ -22,7 +35,7 @@ _GPT_J: dict[str, Any] = {
     "biases": ("feed_forward", "head"),
     "tied_head": False,
 }
-# The fields of each supported architecture that are no sizes.
+# Architecture fields, by family.
 _FAMILIES = {"GPT-J": _GPT_J}
 # In records of format 1, which knows GPT-J alone.
 _FORMAT_1_EMBEDDING_BIAS = "embedding_bias"
@@ -76,7 +89,8 @@ def check_supported(config: ModelConfig) -> None:
     """Checks that the architecture is a supported one, whatever its sizes.
 
     Raises:
-        UsageError: it is none; the first field that differs from the nearest one is named.
+        UsageError: no supported family has these values; the message names the first field that
+            differs from the closest family.
     """
     plain = with_embedding_bias(config, False)
     differences = [
@@ -112,11 +126,16 @@ def model_from_record(record: Any, where: str) -> ModelConfig:
 
 
 def upgrade_record(record: Any) -> Any:
-    """Returns a config's record as this version writes it; what is no record of format 1 as is."""
+    """Returns a format-1 record with the fields of today; any other value unchanged.
+
+    Records carry no version. One of format 1 has none of the architecture's fields, and says by
+    `embedding_bias` whether there is that bias.
+    """
     if not isinstance(record, dict) or _GPT_J.keys() & record.keys():
         return record
+    has_bias = record.get(_FORMAT_1_EMBEDDING_BIAS, False)
+    if not isinstance(has_bias, bool):
+        return record
     sizes = {key: value for key, value in record.items() if key != _FORMAT_1_EMBEDDING_BIAS}
-    biases = _GPT_J["biases"]
-    if record.get(_FORMAT_1_EMBEDDING_BIAS) is True:
-        biases = ("embedding", *biases)
+    biases = ("embedding", *_GPT_J["biases"]) if has_bias else _GPT_J["biases"]
     return sizes | _GPT_J | {"biases": biases}

@@ -74,7 +74,7 @@ class Block:
 
 @pytree
 class Embedding:
-    """What each token and its position become."""
+    """Token embedding, learned positions and bias."""
 
     tokens: Float[Array, "V D"] | Matrix
     positions: Float[Array, "P D"] | None = None
@@ -85,7 +85,7 @@ class Embedding:
 Stacked = Block
 """All layers as one block, each array [L, ...], as training has them."""
 Unstacked = tuple[Block, ...]
-"""A block a layer, as decoding has them."""
+"""One block per layer, as decoding has them."""
 
 
 @pytree
@@ -110,21 +110,22 @@ class Weight:
     dims: tuple[str | None, ...]
     """Logical dims, the keys of the rule table in core/sharding.py."""
     std: float = 0.0
-    """Sigma of the normal that initial values are drawn from, cut at two sigma; 0: a constant."""
+    """Standard deviation of the initial normal, before truncation at two of it; 0: a constant."""
     fill: float = 0.0
-    """The constant, where std is 0."""
+    """The initial constant, where std is 0."""
     decay: bool = False
     """Whether weight decay applies (matrices only)."""
     shared: bool = False
-    """A bias of which mesh-transformer-jax keeps a share in each shard, to be summed."""
+    """mesh-transformer-jax stores one summand of this bias per shard; the bias is their sum."""
     uses: frozenset[Use]
     """Rows are looked up, products contract it, or it is added or multiplied as a vector."""
     contract: int = 0
     """Trailing dims that its product contracts."""
     draw_name: str
-    """The name in checkpoints of format 1, by which initial values are drawn."""
+    """Seeds the initial values: the name in checkpoints of format 1, or for a parameter that format
+    1 does not have, its own name."""
     normed_last: bool = False
-    """Gradient norms add it after all others, as in the tree of format 1."""
+    """Summed last in gradient norms, to keep the rounding of format 1, whose tree ended with it."""
 
     @property
     def size(self) -> int:
@@ -284,7 +285,7 @@ def map_weights(
     """Returns parameters with each leaf replaced by `function(weight, leaf)`.
 
     Args:
-        params: stacked, or with one block a layer; then `weight` declares a layer's leaf.
+        params: stacked, or with one block per layer; then `weight` declares a layer's leaf.
     """
     weights = weight_tree(config)
     if isinstance(params.blocks, tuple):

@@ -1,6 +1,7 @@
-"""Weights in int8: which of a model's arrays are kept so, and how each is made."""
+"""Quantisation: which parameters are quantised, and how, by the name of the form."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ def _quantise(value: jax.Array, *, contract: int) -> Int8:
 
 
 def quantise_weight(weight: Weight, value: jax.Array) -> Any:
-    """Returns a layer's array, or one outside of the layers, as a model in int8 keeps it.
+    """Returns one parameter, of one layer if it is in a block, as a model in int8 keeps it.
 
     The matrices of products become int8. Tables that are looked up, biases and norms stay as they
     are.
@@ -24,6 +25,10 @@ def quantise_weight(weight: Weight, value: jax.Array) -> Any:
     return _quantise(value, contract=weight.contract) if "product" in weight.uses else value
 
 
+FORMS: dict[str, Callable[[Weight, jax.Array], Any]] = {"int8": quantise_weight}
+"""What makes each form of a model's parameters, by its name in `--quantize`."""
+
+
 def quantise_params(config: ModelConfig, params: Params) -> Params:
-    """Returns weights with one block a layer, their matrices in int8."""
+    """Returns weights with one block per layer, their matrices in int8."""
     return map_weights(quantise_weight, config, params)

@@ -4,8 +4,8 @@ Dim letters: B batch, T query time, S key time, D model, N heads, H head dim, F 
 V vocabulary rows, L layers.
 
 The residual stream, the norms and the softmax are float32; products take operands of
-`Compute.dtype` and sum in float32. `Compute.rounded` gives up the first of these, to compute as
-transformers does.
+`Compute.dtype` and sum in float32. `Compute.rounded` rounds the residual stream to `Compute.dtype`
+after each operation, as transformers does.
 """
 
 import functools
@@ -95,7 +95,7 @@ def forward_cached(
     """Returns the final norm's output for new tokens, and the cache with their keys and values.
 
     Args:
-        params: with one block a layer (`unstack_blocks`).
+        params: with one block per layer (`unstack_blocks`).
         tokens_BT: the new tokens; each row writes T consecutive places of its cache.
         positions_BT: their positions, consecutive along T.
         cache: what came before. Places at or after a row's positions are overwritten or unseen.
@@ -131,7 +131,7 @@ def unembed(
     params: Params, x_BTD: Float[Array, "B T D"], compute: Compute
 ) -> Float[Array, "B T V"]:
     """Returns float32 logits; with a `model` axis they are split by vocabulary."""
-    # Weights with one block a layer are there to decode.
+    # Unstacked blocks mean decoding.
     return head_logits(params.head, x_BTD, compute, streamed=isinstance(params.blocks, tuple))
 
 
@@ -189,7 +189,7 @@ def block_forward(
 ) -> tuple[jax.Array, LayerCache | None]:
     """Returns x + attention(norm(x)) + feed_forward(norm(x)), and the cache if one is given.
 
-    One norm, and one sum over `model`.
+    A single layer norm, and a single all-reduce over the mesh axis `model`.
     """
     decoding = cached is not None
     normed = apply_norm(block.attention_norm, x_BTD, config)
@@ -294,7 +294,7 @@ def apply_norm(norm: Norm, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
 def rotary_rows(
     config: ModelConfig, compute: Compute, positions_BT: Int[Array, "B T"] | None, length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows of the rotary table, sines and cosines, for positions, or for 0 and on."""
+    """Returns the sines and cosines of the rotary table for positions; None: 0 to length - 1."""
     sin, cos = rotary_table(
         config.context_length, config.rotary_dim, config.rotary_base, compute.rotary_table
     )

@@ -5,7 +5,8 @@
 
 A parameter tree keeps a dense weight as the plain array itself and every other form as the object
 that holds its arrays. `as_matrix` turns either into a `Matrix`; nothing else asks which form a
-weight has. A new form is a subclass here, and what makes it of a dense weight (model/quantize.py).
+weight has. To add a form, write a subclass here, and in model/quantize.py the function that makes
+it from a dense weight.
 
 Dim letters: B batch, T time, D width of a table, M rows (batch and time flattened), K contracted,
 N out. A weight is [out..., in...]; a product contracts the trailing dims of both operands.
@@ -242,7 +243,7 @@ class Int8(Matrix):
 
 
 _LARGEST = 127.0
-# XLA divides by a constant so; the kernel does too, and both give the same bits.
+# XLA compiles the division by 127 as this product; the kernel does the same, with the same bits.
 _UNIT = float(np.float32(1) / np.float32(127))
 
 
