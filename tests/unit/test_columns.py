@@ -214,6 +214,13 @@ def test_datasets_that_cannot_be_read(tmp_path, state, message):
         find_inputs([str(folder)], exclude=tmp_path / "none")
 
 
+def test_a_datasets_state_that_is_refused_is_no_other_programs(tmp_path):
+    for text in ('{"_data_files": [], "a": 1, "a": 2}', '{"_data_files": [], "a": NaN}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(BadInputError, match=r"state\.json .*: get the whole dataset again"):
+            plan_folder(str(tmp_path), ["state.json"])
+
+
 def test_another_programs_state_is_a_text(tmp_path):
     for text in ("{}", "[1]", "no JSON"):
         (tmp_path / "state.json").write_text(text)

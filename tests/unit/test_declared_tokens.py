@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,15 @@ def test_all_unknown_keys_are_named_at_once(tmp_path):
     with pytest.raises(BadInputError, match='"my_norm", "other_scale" are keys that MeshLM') as e:
         read_config(tmp_path / "config.json")
     assert "welcome" not in str(e.value)
+
+
+def test_a_length_without_a_limit_is_infinity_in_a_tokenizers_config(tmp_path):
+    folder = write(tmp_path / "m", FILES)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    text = json.dumps(config | {"model_max_length": math.inf})
+    assert "Infinity" in text
+    (folder / "tokenizer_config.json").write_text(text)
+    assert read_tokenizer(folder).tokenizer.to_json()
 
 
 def test_the_published_files_of_old_give_a_tokenizer_everywhere(tmp_path):

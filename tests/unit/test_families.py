@@ -82,6 +82,9 @@ def test_a_record_of_format_1_is_a_gpt_j(bias):
     [
         ([], "config.json is list, not an object"),
         (RECORD | {"layers": 3}, "config.json has an unknown setting 'layers'"),
+        (RECORD | {"embedding_bias": 1}, "unknown setting 'embedding_bias'"),
+        (RECORD | {"embedding_bias": "true"}, "unknown setting 'embedding_bias'"),
+        (RECORD | {"embedding_bias": None}, "unknown setting 'embedding_bias'"),
         (to_dict(CONFIG) | {"embedding_bias": True}, "unknown setting 'embedding_bias'"),
         ({n: v for n, v in to_dict(CONFIG).items() if n != "norms"}, "`norms`"),
     ],

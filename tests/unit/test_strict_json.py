@@ -4,6 +4,8 @@ import ast
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -117,6 +119,18 @@ def test_twice_as_much_takes_twice_as_long(text):
 
     once = seconds(text.encode())
     assert seconds(text.encode() * 2) < 3 * once + 0.001
+
+
+def test_the_depth_of_a_long_text_takes_no_memory():
+    """16 MB of escapes: state for going back in them would be 60 times as large."""
+    code = (
+        "import resource, sys; from meshlm.core.strict_json import _check_depth\n"
+        "data = b'[]' * 40 + b'\"' + b'\\\\n' * (8 << 20) + b'\"'\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = used(); _check_depth(data); print(used() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 << 10  # KiB
 
 
 READERS = {

@@ -142,6 +142,9 @@ def test_records_survive_json():
     content["run"]["steps"] = "many"
     with pytest.raises(BadInputError, match="there"):
         parse_config(json.dumps(content).encode(), "there")
+    content["run"] |= {"steps": 100, "model": content["run"]["model"] | {"tied_head": True}}
+    with pytest.raises(BadInputError, match=r"there \(run\): tied_head is True: GPT-J has False"):
+        parse_config(json.dumps(content).encode(), "there")
     for wrong in (b"", b"[]", b"{}", b"\xff", b"null"):
         with pytest.raises(BadInputError, match="there"):
             parse_config(wrong, "there")

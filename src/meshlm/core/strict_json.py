@@ -22,8 +22,11 @@ MAX_DEPTH = 32
 """Objects and lists inside one another."""
 MAX_BYTES = 64 << 20
 _SHOWN_CHARACTERS = 80
-# A bracket outside of strings, or a string, also one without an end: a match never goes back.
-_BRACKET_OR_STRING = re.compile(rb'\[|\]|\{|\}|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+# Everything up to the next bracket outside of strings, or up to the end. Possessive repeats keep no
+# state for going back, which would take many times the memory of the data.
+_UP_TO_BRACKET = re.compile(
+    rb'(?:[^\[\]{}"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+"?)*+([\[\]{}]|\Z)', re.DOTALL
+)
 _KINDS = {str: "a text", list: "a list", bool: "true or false", type(None): "null"}
 
 
@@ -123,9 +126,8 @@ def _check_depth(data: bytes) -> None:
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     depth = 0
-    for match in _BRACKET_OR_STRING.finditer(data):
-        first = match[0][:1]
-        depth += (first in b"[{") - (first in b"]}")
+    for match in _UP_TO_BRACKET.finditer(data):
+        depth += (match[1] in (b"[", b"{")) - (match[1] in (b"]", b"}"))
         if depth > MAX_DEPTH:
             raise _RefusalError(f"is not JSON (nested more than {MAX_DEPTH} deep)")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from meshlm.core import strict_json
 from meshlm.core.errors import BadInputError, UsageError
+from meshlm.core.files import read
 from meshlm.data.names import printable
 
 _MAX_STATE_BYTES = 64 << 20
@@ -85,10 +86,16 @@ def _plan_dataset(folder: str, names: Sequence[str], plan: FolderPlan) -> None:
     if not os.path.isfile(path):
         return
     try:
-        state = strict_json.read_object(Path(path), max_bytes=_MAX_STATE_BYTES)
+        data = read(Path(path), _MAX_STATE_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: cannot read it ({error.strerror})") from None
     except BadInputError:
+        return  # another program's
+    try:
+        state = strict_json.parse_object(data, path, remedy="get the whole dataset again")
+    except strict_json.JsonError:
+        if b'"_data_files"' in data:
+            raise
         return  # another program's
     if "_data_files" not in state:
         return

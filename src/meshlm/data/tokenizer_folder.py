@@ -328,7 +328,11 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     return strict_json.parse_object(
-        _read_bytes(path), str(path), max_bytes=MAX_FILE_BYTES, remedy="get the file again"
+        _read_bytes(path),
+        str(path),
+        max_bytes=MAX_FILE_BYTES,
+        remedy="get the file again",
+        not_finite=float,  # transformers writes Infinity as a length without a limit
     )
 
 

@@ -117,8 +117,8 @@ def model_from_record(record: Any, where: str) -> ModelConfig:
         where: the record's file and key, for messages.
 
     Raises:
-        BadInputError: a key is unknown or missing, or a value is of another type.
-        UsageError: a value is out of range, or the architecture is not supported.
+        BadInputError: a key is unknown or missing, or a value is of another type or out of range.
+        UsageError: the architecture is not supported.
     """
     config = from_dict(ModelConfig, upgrade_record(record), where)
     check_supported(config)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from meshlm.core.config import from_dict
-from meshlm.core.errors import UsageError
+from meshlm.core.errors import BadInputError, UsageError
 from meshlm.core.place import ProcessConfig
 from meshlm.core.sharding import (
     DEFAULT_RULES,
@@ -28,7 +28,7 @@ from meshlm.core.sharding import (
 from meshlm.data.special_tokens import SpecialTokens
 from meshlm.model.compute import ReduceDtype, Remat, choose_compute
 from meshlm.model.config import ModelConfig
-from meshlm.model.families import upgrade_record
+from meshlm.model.families import check_supported, upgrade_record
 from meshlm.model.params import check_divides
 from meshlm.ops.fast_attention import AttentionName
 from meshlm.optim import OptimizerConfig, OptimizerName
@@ -296,7 +296,12 @@ def read_run_config(content: Any, where: str) -> RunConfig:
     run = content.get("run") if isinstance(content, dict) else None
     if isinstance(run, dict) and "model" in run:
         run = run | {"model": upgrade_record(run["model"])}
-    return from_dict(RunConfig, run, f"{where} (run)")
+    record = from_dict(RunConfig, run, f"{where} (run)")
+    try:
+        check_supported(record.model)
+    except UsageError as error:
+        raise BadInputError(f"{where} (run): {error}") from None
+    return record
 
 
 def flag(name: str) -> str:
