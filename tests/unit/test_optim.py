@@ -197,6 +197,14 @@ def test_the_norm_counts_a_bias_once_a_share():
     assert float(gradient_norm(OPTIMIZER, grads, shared)) == pytest.approx(np.sqrt(24 + 27))
 
 
+def test_the_norm_adds_in_the_order_of_format_1():
+    """Ones that are added to 2^24 one by one are lost; added up before, they count."""
+    grads = {"bias": jnp.float32(4096), **{f"m{i}": jnp.float32(1) for i in range(8)}}
+    for last, wanted in ((True, np.sqrt(2.0**24 + 8)), (False, 4096.0)):
+        weights = {name: declare(normed_last=last and name == "bias") for name in grads}
+        assert float(gradient_norm(OPTIMIZER, grads, weights)) == float(np.float32(wanted))
+
+
 def test_without_a_gradient_only_the_matrices_shrink():
     params = draw_params(CONFIG)
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meshlm.checkpoint.format_1 import PARAMETERS
 from meshlm.core.errors import UsageError
 from meshlm.core.sharding import MeshConfig
 from meshlm.core.tree import to_named
@@ -188,3 +189,24 @@ def test_check_divides_agrees_with_jax():
         check_divides(CONFIG, MeshConfig(model=8))
     with jax.set_mesh(mesh_of(1, 1, 8)), pytest.raises(ValueError, match="divi"):
         jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+
+
+# The first and the last number of each matrix by its name in format 1, drawn by the code of then.
+DRAWN = {
+    "embedding": (0.132221058011055, -0.1751844435930252),
+    "blocks.query": (-0.19205373525619507, -0.035628508776426315),
+    "blocks.key": (-0.04748159646987915, -0.2330254763364792),
+    "blocks.value": (0.2795448899269104, -0.1268591582775116),
+    "blocks.attention_out": (-0.0819014459848404, 0.10520493984222412),
+    "blocks.ff_in": (0.3602486252784729, -0.09421706944704056),
+    "blocks.ff_out": (-0.2441662847995758, -0.014836553484201431),
+    "head": (0.16648022830486298, -0.03709740564227104),
+}
+
+
+def test_a_seed_gives_the_weights_that_it_always_gave():
+    drawn = to_named(compiled_init(CONFIG)(3))
+    assert {PARAMETERS[old] for old in DRAWN} == MATRICES
+    for old, (first, last) in DRAWN.items():
+        numbers = np.ravel(drawn[PARAMETERS[old]])
+        np.testing.assert_allclose(numbers[[0, -1]], (first, last), rtol=1e-6, err_msg=old)
